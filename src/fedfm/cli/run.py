@@ -1,0 +1,141 @@
+"""Commands that train: ``run`` and ``compare``."""
+
+from __future__ import annotations
+
+import json
+import signal
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+from typing import Annotated, Any
+
+import typer
+from rich.markup import escape
+from rich.panel import Panel
+
+from fedfm.cli.app import STOPPED, app, output, progress
+from fedfm.errors import RecipeError
+from fedfm.recipe import Recipe, read
+
+RecipePath = Annotated[Path, typer.Argument(help="The recipe, a YAML file.", metavar="RECIPE")]
+Set = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="KEY=VALUE", help="Change a key, such as [bold]training.max_steps=4[/]; repeatable."),
+]
+Resume = Annotated[bool, typer.Option("--resume", help="Go on from the last finished round in the run folder.")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an earlier run in the run folder.")]
+Json = Annotated[bool, typer.Option("--json", help="Print the results as JSON.")]
+
+
+@app.command(rich_help_panel="Train")
+def run(
+    recipe: RecipePath,
+    set_: Set = None,
+    resume: Resume = False,
+    overwrite: Overwrite = False,
+    json_: Json = False,
+) -> None:
+    """Run a recipe: train, compare with its references on held-out data, write adapter and report.
+
+    Ctrl-C stops at once; the last finished round is kept, and --resume goes on from there. So it does after a crash.
+
+    Example: fedfm run recipes/demo.yaml --set rounds=3 --set output_dir=runs/short
+    """
+    _execute(read(recipe, set_ or ()), resume, overwrite, json_)
+
+
+@app.command(rich_help_panel="Train")
+def compare(
+    recipe: RecipePath,
+    methods: Annotated[str, typer.Option(help="Ids of methods, separated by commas; see [bold]fedfm methods[/].")],
+    set_: Set = None,
+    resume: Resume = False,
+    overwrite: Overwrite = False,
+    json_: Json = False,
+) -> None:
+    """Run a recipe by several methods, on the same clients, seeds and budget, and set them side by side.
+
+    Example: fedfm compare recipes/demo.yaml --methods fedit,fedavg,local-only
+    """
+    wanted = [m.strip() for m in methods.split(",") if m.strip()]
+    if len(wanted) < 2 or len(set(wanted)) < len(wanted):
+        raise RecipeError(f"--methods takes at least two different ids separated by commas, but got {methods!r}.")
+    plan = read(recipe, set_ or ())
+    place = plan.output_dir or f"runs/{plan.name}-compare"
+    chosen = {"method": wanted[0], "references": tuple(wanted[1:]), "output_dir": place}
+    _execute(plan.model_copy(update=chosen), resume, overwrite, json_)
+
+
+def _execute(recipe: Recipe, resume: bool, overwrite: bool, as_json: bool) -> None:
+    from fedfm.experiment import Experiment
+    from fedfm.observe.observer import Observer
+    from fedfm.observe.progress import TerminalProgress
+    from fedfm.observe.tensorboard import TensorBoard
+
+    experiment = Experiment(recipe)
+    bar = TerminalProgress(progress)
+
+    def observers(folder: Path) -> Sequence[Observer]:
+        return bar, TensorBoard(folder / "tensorboard")
+
+    with _stoppable(experiment.stop):
+        progress.print("loading model and data ...", style="dim")
+        people, model = experiment.population, experiment.main.bench.loaded
+        progress.print(
+            f"[bold]{escape(recipe.title or recipe.name)}[/]: {experiment.main.method.id} of {escape(model.name)} "
+            f"over {len(people)} clients",
+            highlight=False,
+        )
+        results = experiment.run(resume=resume, overwrite=overwrite, observers=observers)
+    if results["status"] == "stopped":
+        progress.print(f"stopped; go on with: fedfm run {recipe.folder / 'recipe.yaml'} --resume", highlight=False)
+        raise typer.Exit(STOPPED)
+    print(json.dumps(results)) if as_json else show(results, recipe.folder)
+
+
+def show(results: dict[str, Any], folder: Path) -> None:
+    """Print results for a person."""
+    from fedfm import report
+    from fedfm.observe.progress import size
+
+    output.print(report.table(results))
+    for sample in results["samples"]:
+        output.print(
+            Panel(
+                f"[bold]asked[/]   {escape(sample['prompt'])}\n"
+                f"[dim]before  {escape(_short(sample['before']))}[/]\n"
+                f"[green]after   {escape(_short(sample['after']))}[/]\n"
+                f"wanted  {escape(_short(sample['reference']))}",
+                title=escape(sample["client"]),
+                title_align="left",
+            )
+        )
+    for name, cost in results["runs"].items():
+        output.print(
+            f"{name:<14} {cost['rounds']} rounds  {cost['seconds']:.0f} s  up {size(cost['bytes_up'])}  "
+            f"down {size(cost['bytes_down'])}  peak memory {size(cost['peak_memory_mb'] * 1e6)}",
+            highlight=False,
+        )
+    output.print(f"adapter  {folder / results['final']}", highlight=False, soft_wrap=True)
+    output.print(f"report   {folder / 'report.html'}", highlight=False, soft_wrap=True)
+
+
+def _short(text: str, limit: int = 300) -> str:
+    return text if len(text) <= limit else text[:limit] + " ..."
+
+
+@contextmanager
+def _stoppable(stop: Any) -> Iterator[None]:
+    """The first Ctrl-C asks for a stop; the second one interrupts."""
+
+    def handle(number: int, frame: FrameType | None) -> None:
+        signal.signal(signal.SIGINT, before)
+        progress.print("stopping; press Ctrl-C again to stop without waiting", style="yellow")
+        stop()
+
+    before = signal.signal(signal.SIGINT, handle)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)

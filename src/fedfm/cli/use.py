@@ -1,0 +1,140 @@
+"""Commands that use what a run made: ``eval``, ``chat``, ``export``."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+from rich.markup import escape
+from rich.prompt import Prompt
+
+from fedfm.cli.app import app, output, progress
+from fedfm.cli.run import Json
+from fedfm.errors import RecipeError, StoreError
+from fedfm.recipe import read
+
+Run = Annotated[Path, typer.Argument(help="A run folder.", metavar="RUN")]
+
+
+def _experiment(run: Path):  # type: ignore[no-untyped-def]
+    from fedfm.experiment import Experiment
+
+    if not (run / "recipe.yaml").exists():
+        raise StoreError(f"{run} is no run folder: it has no recipe.yaml. Run folders are made by fedfm run.")
+    return Experiment(read(run / "recipe.yaml"))
+
+
+@app.command(name="eval", rich_help_panel="Use")
+def evaluate(
+    run: Run,
+    split: Annotated[Literal["test", "validation"], typer.Option(help="Which held-out rows.")] = "test",
+    json_: Json = False,
+) -> None:
+    """Score a run's model on the held-out rows of every client, beside the model before training.
+
+    Example: fedfm eval runs/demo --split validation
+    """
+    from fedfm import report
+    from fedfm.experiment import trained
+    from fedfm.store.clients import ClientStore
+
+    experiment = _experiment(run)
+    federation = experiment.main
+    phase = "test" if split == "test" else "validate"
+    before = federation.assess(federation.method.start(federation.bench.space), phase)
+    after = federation.assess(trained(run, federation), phase, ClientStore(run / "clients"))
+    if before is None or after is None:
+        raise RecipeError(f"no client has a row in the {split} split. Set data.splits.{split} above 0 and run again.")
+    results = {
+        "method": federation.method.id,
+        "primary": "loss",
+        "split": split,
+        "test": {"base": before.to_json(), federation.method.id: after.to_json()},
+    }
+    print(json.dumps(results)) if json_ else output.print(report.table(results))
+
+
+@app.command(rich_help_panel="Use")
+def chat(
+    run: Run,
+    prompt: Annotated[list[str] | None, typer.Option("--prompt", "-p", help="Ask this and stop; repeatable.")] = None,
+    base: Annotated[bool, typer.Option("--base", help="Show the answer before training, too.")] = False,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")] = 64,
+    json_: Json = False,
+) -> None:
+    """Talk to a run's model. Without --prompt it asks for questions; an empty line ends it.
+
+    Example: fedfm chat runs/demo -p "My printer is on fire." --base
+    """
+    from fedfm.experiment import trained
+
+    experiment = _experiment(run)
+    if experiment.main.task.head != "causal_lm":
+        raise RecipeError(f"the task {experiment.main.task.id} of {run} makes no text; use fedfm eval.")
+    state = trained(run, experiment.main)
+
+    def answer(question: str) -> dict[str, str]:
+        told = {"prompt": question, "answer": experiment.generate(state.weights, [question], max_new_tokens)[0]}
+        if base:
+            told["base"] = experiment.generate({}, [question], max_new_tokens)[0]
+        return told
+
+    if prompt:
+        answers = [answer(question) for question in prompt]
+        if json_:
+            print(json.dumps(answers))
+            return
+        for told in answers:
+            _say(told)
+        return
+    while question := Prompt.ask("[bold]you[/]", console=progress, default="", show_default=False):
+        _say(answer(question))
+
+
+def _say(told: dict[str, str]) -> None:
+    if "base" in told:
+        output.print(f"[dim]before  {escape(told['base'])}[/]", highlight=False)
+    output.print(f"[green]{escape(told['answer'])}[/]", highlight=False)
+
+
+@app.command(rich_help_panel="Use")
+def export(
+    run: Run,
+    folder: Annotated[Path, typer.Argument(help="Where to write; must not exist yet.", metavar="FOLDER")],
+    to: Annotated[
+        Literal["peft", "merged"],
+        typer.Option(help="[bold]peft[/]: an adapter folder; [bold]merged[/]: a whole model with the adapter in it."),
+    ] = "peft",
+    json_: Json = False,
+) -> None:
+    """Write a run's model where other programs can use it.
+
+    Example: fedfm export runs/demo my-model --to merged
+    """
+    final = run / "final"
+    if not final.exists():
+        raise StoreError(f"{run} has no final model. Finish the run: fedfm run {run / 'recipe.yaml'} --resume.")
+    if folder.exists():
+        raise StoreError(f"{folder} exists. Choose a folder that does not.")
+    if to == "peft" or not (final / "adapter_config.json").exists():
+        if to == "peft" and not (final / "adapter_config.json").exists():
+            raise RecipeError(f"{run} tuned the whole model, so there is no adapter. Use --to merged.")
+        shutil.copytree(final, folder)
+    else:
+        from peft import PeftModel
+
+        from fedfm.models import load
+
+        experiment = _experiment(run)
+        section = experiment.recipe.model
+        arguments = (
+            {"label_names": experiment.population.label_names} if experiment.main.task.head != "causal_lm" else {}
+        )
+        loaded = load(section.name, head=experiment.main.task.head, seed=experiment.recipe.seed, **arguments)
+        merged = PeftModel.from_pretrained(loaded.model, final).merge_and_unload()
+        merged.save_pretrained(folder)
+        loaded.tokenizer.save_pretrained(folder)
+    print(json.dumps({"folder": str(folder), "format": to}) if json_ else folder)

@@ -1,0 +1,40 @@
+"""The weighted mean of a stream of updates, with memory for one."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+
+from fedfm.core.traits import Part
+from fedfm.core.update import Kind, Update
+from fedfm.errors import BadUpdate, NoUpdates
+
+
+class WeightedMean(Part):
+    """$\\sum_k p_k x_k$ with $p_k = n_k / \\sum_j n_j$ over the updates that arrive.
+
+    Kept as a running mean, $m \\leftarrow m + (n_k / N_k)(x_k - m)$ with $N_k$ the weight so far, in float32 or wider:
+    one update in memory whatever the cohort, and the mean of one update is that update, bit for bit.
+    """
+
+    def __call__(self, updates: Iterable[Update]) -> Update:
+        mean: dict[str, torch.Tensor] = {}
+        dtypes: dict[str, torch.dtype] = {}
+        weight, kind = 0.0, Kind.DELTA
+        for update in updates:
+            if weight and update.tensors.keys() != mean.keys():
+                raise BadUpdate(f"{update.member!r} sent other names than the clients before it")
+            weight += update.weight
+            share = update.weight / weight
+            for name, tensor in update.tensors.items():
+                wide = tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+                if name in mean:
+                    mean[name].lerp_(wide, share)
+                else:
+                    mean[name] = wide.clone() if wide is tensor else wide
+                    dtypes[name] = tensor.dtype
+            kind = update.kind
+        if not weight:
+            raise NoUpdates("nobody's update could be used")
+        return Update({n: t.to(dtypes[n]) for n, t in mean.items()}, weight=weight, kind=kind, member="mean")

@@ -1,0 +1,113 @@
+"""What is run: who may take part, how they are drawn, how long and how they train."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol
+
+from fedfm.core.update import Member
+from fedfm.errors import RecipeError
+
+
+class Members(Protocol):
+    """The clients of a federation with their data, visited lazily."""
+
+    ids: Sequence[str]
+
+    def member(self, id: str) -> Member:
+        """The member called ``id``."""
+        ...
+
+    def rows(self, id: str, split: str) -> Sequence[Mapping[str, Any]]:
+        """The rows of a split (``train``, ``validation`` or ``test``) of a client; stays on the client."""
+        ...
+
+    def pooled(self) -> Members:
+        """All clients' data in one client, each example in the split where it was."""
+        ...
+
+
+class Sampler(Protocol):
+    """Who takes part in a round."""
+
+    def sample(self, ids: Sequence[str], round: int, seed: int) -> list[str]:
+        """Some of ``ids``, in order."""
+        ...
+
+    def expected(self, population: int) -> float:
+        """Mean number of participants."""
+        ...
+
+
+@dataclass(frozen=True)
+class Training:
+    """Local training, in the spellings of Hugging Face's ``TrainingArguments``. All steps are per client and round.
+
+    Args:
+        max_steps: optimizer steps; -1 means ``num_train_epochs`` passes over the client's examples.
+        num_train_epochs: local epochs, $E$, when ``max_steps`` is -1.
+        per_device_train_batch_size: examples per forward, $B$.
+        per_device_eval_batch_size: examples per forward when scoring.
+        gradient_accumulation_steps: forwards per optimizer step.
+        learning_rate: $\\eta$ at the first round.
+        lr_scheduler_type: how the learning rate falls over the rounds; constant within a round.
+        optim: ``adamw_torch`` or ``sgd``; its state is fresh in each round, as in FedAvg.
+        weight_decay: decoupled for AdamW, L2 for SGD.
+        adam_beta1: decay of AdamW's first moment.
+        adam_beta2: decay of AdamW's second moment.
+        adam_epsilon: AdamW's epsilon.
+        max_grad_norm: gradients are clipped to this norm; 0 means no clipping.
+        bf16: compute in bfloat16 by autocast; weights and updates stay float32.
+        group_by_length: put examples of similar length into one batch.
+    """
+
+    max_steps: int = -1
+    num_train_epochs: float = 1.0
+    per_device_train_batch_size: int = 8
+    per_device_eval_batch_size: int = 16
+    gradient_accumulation_steps: int = 1
+    learning_rate: float = 3e-4
+    lr_scheduler_type: Literal["constant", "linear", "cosine"] = "constant"
+    optim: Literal["adamw_torch", "sgd"] = "adamw_torch"
+    weight_decay: float = 0.0
+    adam_beta1: float = 0.9
+    adam_beta2: float = 0.999
+    adam_epsilon: float = 1e-8
+    max_grad_norm: float = 1.0
+    bf16: bool = False
+    group_by_length: bool = False
+
+    def __post_init__(self) -> None:
+        for name in (
+            "per_device_train_batch_size",
+            "per_device_eval_batch_size",
+            "gradient_accumulation_steps",
+        ):
+            if getattr(self, name) < 1:
+                raise RecipeError(f"training.{name} must be at least 1, but is {getattr(self, name)}.")
+        if self.max_steps == 0 or self.max_steps < -1:
+            raise RecipeError(
+                f"training.max_steps must be at least 1, or -1 to train num_train_epochs; it is {self.max_steps}."
+            )
+        if self.max_steps == -1 and self.num_train_epochs <= 0:
+            raise RecipeError(f"training.num_train_epochs must be above 0, but is {self.num_train_epochs}.")
+        if self.learning_rate <= 0:
+            raise RecipeError(f"training.learning_rate must be above 0, but is {self.learning_rate}.")
+
+    def steps(self, examples: int) -> int:
+        """Optimizer steps of one task of a client with this many training examples."""
+        if self.max_steps > 0:
+            return self.max_steps
+        per_step = self.per_device_train_batch_size * self.gradient_accumulation_steps
+        return max(1, round(self.num_train_epochs * -(-examples // per_step)))
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is run."""
+
+    members: Members
+    sampler: Sampler
+    training: Training
+    rounds: int

@@ -1,0 +1,96 @@
+"""Arithmetic on named tensors, and which names a pattern means.
+
+A *tree* here is flat: a mapping of names to tensors. Every function returns a new mapping and leaves its arguments as
+they are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from fnmatch import fnmatchcase
+
+import torch
+
+from fedfm.core.update import Tensors
+
+Patterns = tuple[str, ...]
+"""Name patterns. ``*`` and ``?`` are wildcards; a pattern means a name when it matches all of it or one of its
+dot-separated parts, so ``lora_B`` means every LoRA B factor."""
+
+
+def matches(name: str, patterns: Patterns) -> bool:
+    """Whether one of ``patterns`` means ``name``.
+
+    >>> matches("layers.0.q_proj.lora_B.weight", ("lora_B",))
+    True
+    >>> matches("layers.0.q_proj.lora_B.weight", ("lora_A", "layers.1.*"))
+    False
+    """
+    return any(
+        pattern == "*" or fnmatchcase(name, pattern) or any(fnmatchcase(p, pattern) for p in name.split("."))
+        for pattern in patterns
+    )
+
+
+def select(tensors: Tensors, patterns: Patterns) -> dict[str, torch.Tensor]:
+    """The tensors that ``patterns`` mean, in their order."""
+    return {name: tensor for name, tensor in tensors.items() if matches(name, patterns)}
+
+
+def without(tensors: Tensors, patterns: Patterns) -> dict[str, torch.Tensor]:
+    """The tensors that ``patterns`` do not mean, in their order."""
+    return {name: tensor for name, tensor in tensors.items() if not matches(name, patterns)}
+
+
+def add(left: Tensors, right: Tensors, scale: float = 1.0) -> dict[str, torch.Tensor]:
+    """``left + scale * right`` for the names of ``right``; other names of ``left`` stay as they are."""
+    same_names(right, left, "right", "left")
+    return {n: torch.add(t, right[n].to(t.dtype), alpha=scale) if n in right else t for n, t in left.items()}
+
+
+def subtract(left: Tensors, right: Tensors) -> dict[str, torch.Tensor]:
+    """``left - right``, name by name; both have the same names."""
+    same_names(left, right, "left", "right")
+    same_names(right, left, "right", "left")
+    return {name: tensor - right[name] for name, tensor in left.items()}
+
+
+def scale(tensors: Tensors, factor: float) -> dict[str, torch.Tensor]:
+    """``factor * tensors``."""
+    return {name: tensor * factor for name, tensor in tensors.items()}
+
+
+def norm(tensors: Tensors) -> float:
+    """The Euclidean norm of all tensors taken as one vector, accumulated in float32 or wider."""
+    parts = [torch.linalg.vector_norm(t, dtype=torch.promote_types(t.dtype, torch.float32)) for t in tensors.values()]
+    return float(torch.linalg.vector_norm(torch.stack(parts).double())) if parts else 0.0
+
+
+def nbytes(tensors: Tensors) -> int:
+    """Bytes of the tensors' own data."""
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+
+
+def count(tensors: Tensors) -> int:
+    """Number of scalars in the tensors."""
+    return sum(tensor.numel() for tensor in tensors.values())
+
+
+def clone(tensors: Tensors) -> dict[str, torch.Tensor]:
+    """Copies that share no memory with ``tensors``."""
+    return {name: tensor.detach().clone() for name, tensor in tensors.items()}
+
+
+def total(trees: Iterable[Tensors]) -> dict[str, torch.Tensor]:
+    """The sum of the trees, name by name; a name that a tree lacks counts as zero."""
+    result: dict[str, torch.Tensor] = {}
+    for tree in trees:
+        for name, tensor in tree.items():
+            result[name] = result[name] + tensor if name in result else tensor
+    return result
+
+
+def same_names(inner: Mapping[str, object], outer: Mapping[str, object], first: str, second: str) -> None:
+    """Raise ``KeyError`` unless every name of ``inner`` is in ``outer``."""
+    if missing := [name for name in inner if name not in outer]:
+        raise KeyError(f"{len(missing)} names of {first} are not in {second}, such as {missing[0]!r}")

@@ -1,0 +1,252 @@
+"""A recipe run to its end: the method, its references, the comparison on held-out data, the report."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+from collections.abc import Callable, Mapping, Sequence
+from functools import cached_property
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from fedfm import parts, report
+from fedfm.core import seeds, trees
+from fedfm.core.client import View
+from fedfm.core.jobs import Generate
+from fedfm.core.method import State
+from fedfm.core.update import Member, Tensors
+from fedfm.data import Population, Splits, federate
+from fedfm.errors import RecipeError
+from fedfm.federation import Federation, Outcome
+from fedfm.observe.observer import Observer
+from fedfm.recipe import Recipe
+from fedfm.store.checkpoint import Checkpoints
+from fedfm.store.clients import ClientStore
+from fedfm.store.files import write_bytes, write_json
+from fedfm.store.folder import RunFolder
+from fedfm.tasks.causal_lm import NextToken
+
+
+class Experiment:
+    """A recipe made ready: data, model and the federations of its method and references.
+
+    Args:
+        recipe: what to run.
+    """
+
+    def __init__(self, recipe: Recipe) -> None:
+        self.recipe = recipe
+        self._built = recipe.built()
+        self._running: Federation | None = None
+        self._stop = False
+
+    @cached_property
+    def population(self) -> Population:
+        """The clients with their data."""
+        data = self.recipe.data
+        source, partition = self.recipe.sources()
+        return federate(
+            source,
+            partition,
+            splits=Splits(**data.splits.model_dump()),
+            seed=self.recipe.seed,
+            min_examples=data.min_examples,
+            max_examples=data.max_examples,
+            max_clients=data.max_clients,
+        )
+
+    @cached_property
+    def main(self) -> Federation:
+        """The federation of the recipe's method."""
+        task, section = self._built["task"], self.recipe.model
+        task.require(self.population.dataset.column_names)
+        arguments: dict[str, Any] = {
+            "dtype": section.dtype,
+            "revision": section.revision,
+            "device": device(section.device),
+        }
+        if task.head == "sequence_classification":
+            arguments |= {"label_names": self.population.label_names}
+        return Federation(section.name, members=self.population, load=arguments, **self._built)
+
+    @cached_property
+    def runs(self) -> dict[str, Federation]:
+        """All federations by method id, the recipe's own first; they share one model in memory."""
+        federations = {self.main.method.id: self.main}
+        for position, spec in enumerate(self.recipe.references):
+            method = parts.make("methods", spec, f"references.{position}")
+            if method.id in federations:
+                raise RecipeError(f"references.{position} names {method.id!r}, which runs already.")
+            federations[method.id] = self.main.like(method)
+        return federations
+
+    def stop(self) -> None:
+        """Ask the run to stop; the last finished round stays."""
+        self._stop = True
+        if self._running:
+            self._running.stop()
+
+    def run(
+        self, *, resume: bool = False, overwrite: bool = False, observers: Callable[[Path], Sequence[Observer]]
+    ) -> dict[str, Any]:
+        """Run everything that is still to do and write the run folder.
+
+        Args:
+            resume: go on from what the run folder holds.
+            overwrite: replace an earlier run.
+            observers: makes the observers of the run in a folder.
+
+        Returns:
+            The content of ``results.json``, or ``{"status": "stopped"}``.
+        """
+        folder = RunFolder(self.recipe.folder, resume=resume, overwrite=overwrite)
+        try:
+            results = self._run(folder, resume, observers)
+            folder.finish("completed" if results else "stopped")
+        except BaseException as error:
+            stopped = isinstance(error, KeyboardInterrupt)
+            folder.finish("stopped" if stopped else "failed", str(error) or type(error).__name__)
+            raise
+        finally:
+            folder.close()
+        report.write(folder.path)
+        return results or {"status": "stopped"}
+
+    def _run(
+        self, folder: RunFolder, resume: bool, observers: Callable[[Path], Sequence[Observer]]
+    ) -> dict[str, Any] | None:
+        self._save_plan(folder, resume)
+        watching = {name: observers(self._place(folder, name)) for name in self.runs}
+        for observer in watching[self.main.method.id]:
+            observer.planned(sum(f.plan.rounds * f.expected_steps() for f in self.runs.values()))
+        outcomes: dict[str, Outcome] = {}
+        for name, federation in self.runs.items():
+            self._running = federation
+            place: RunFolder | Path = folder if federation is self.main else self._place(folder, name)
+            if not self._stop:
+                outcomes[name] = federation.run(place, resume=resume, overwrite=True, observers=watching[name])
+            if self._stop or outcomes[name].status == "stopped":
+                return None
+        results = self.results(folder, outcomes)
+        write_json(folder.path / "results.json", results)
+        return results
+
+    def _place(self, folder: RunFolder, name: str) -> Path:
+        return folder.path if name == self.main.method.id else folder.path / "references" / name
+
+    def _save_plan(self, folder: RunFolder, resume: bool) -> None:
+        """Write the recipe and the data's manifest; on resume, see that the data are the same."""
+        place = folder.path / "data.json"
+        manifest = self.population.manifest()
+        before = json.loads(place.read_text())["manifest"] if resume and place.exists() else None
+        if before is not None and before != json.loads(json.dumps(manifest)):
+            raise RecipeError(
+                f"cannot resume: the data are not those of the run in {folder.path}. Restore them, or start a new run "
+                "in another output_dir."
+            )
+        write_bytes(folder.path / "recipe.yaml", self.recipe.to_yaml().encode())
+        write_json(place, {"summary": self.population.summary(), "manifest": manifest})
+
+    def results(self, folder: RunFolder, outcomes: Mapping[str, Outcome]) -> dict[str, Any]:
+        """The comparison of all runs on the clients' test splits, with samples and totals."""
+        initial = self.main.method.start(self.main.bench.space)
+        tests = {"base": self.main.assess(initial)}
+        for name, outcome in outcomes.items():
+            store = ClientStore(self._place(folder, name) / "clients")
+            tests[name] = self.runs[name].assess(outcome.state, store=store)
+        model, space = self.main.bench.loaded, self.main.bench.space
+        return {
+            "status": "completed",
+            "title": self.recipe.title or self.recipe.name,
+            "model": model.name,
+            "method": self.main.method.id,
+            "task": self.main.task.id,
+            "primary": "loss",
+            "parameters": {
+                "total": sum(p.numel() for p in model.model.parameters()),
+                "trainable": trees.count(trees.select(space.initial, self.main.method.train)),
+                "shared": trees.count(trees.select(space.initial, self.main.method.share)),
+            },
+            "runs": {name: totals(outcome) for name, outcome in outcomes.items()},
+            "test": {name: test.to_json() if test else None for name, test in tests.items()},
+            "samples": self.samples(outcomes[self.main.method.id].state),
+            "final": "final",
+            "versions": {p: version(p) for p in ("fedfm", "torch", "transformers", "peft")}
+            | {"python": platform.python_version()},
+            "machine": machine(),
+        }
+
+    def samples(self, after: State) -> list[dict[str, str]]:
+        """Answers to some held-out prompts by the model before and after training."""
+        if not isinstance(self.main.task, NextToken) or not self.recipe.samples:
+            return []
+        rows: list[tuple[str, Any]] = []
+        order = seeds.numpy_generator(self.recipe.seed, "samples").permutation(len(self.main.ids))
+        for position in order:
+            client = self.main.ids[int(position)]
+            if len(rows) < self.recipe.samples and len(held := self.population.rows(client, "test")):
+                rows.append((client, held[0]))
+        prompts = [self.main.task.prompt(row) for _, row in rows]
+        before, later = self.generate({}, prompts), self.generate(after.weights, prompts)
+        return [
+            {"client": c, "prompt": p, "reference": self.main.task.answer(row), "before": b, "after": a}
+            for (c, row), p, b, a in zip(rows, prompts, before, later, strict=True)
+        ]
+
+    def generate(self, tensors: Tensors, prompts: Sequence[str], max_new_tokens: int = 48) -> list[str]:
+        """Greedy answers of the model with these tensors."""
+        someone = View(Member("samples", 0), 0)
+        return self.main.trainer.answer(Generate(tensors, tuple(prompts), max_new_tokens), someone)
+
+
+def totals(outcome: Outcome) -> dict[str, Any]:
+    """What a run cost."""
+    rounds = [r for r in outcome.records if r["round"] > 0]
+    work = [p for r in rounds for p in r["participants"].values()]
+    return {
+        "rounds": len(rounds),
+        "seconds": round(sum(r["seconds"] for r in rounds), 3),
+        "bytes_up": sum(r["bytes_up"] for r in rounds),
+        "bytes_down": sum(r["bytes_down"] for r in rounds),
+        "peak_memory_mb": max(r["peak_memory_mb"] for r in rounds),
+        "steps": sum(int(p.get("steps", 0)) for p in work),
+        "dropped": sum(len(r["dropped"]) for r in rounds),
+    }
+
+
+def device(name: str) -> str:
+    """The device that ``name`` means; ``auto`` is the first CUDA device if there is one."""
+    import torch
+
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.empty(0, device=name)
+    except (RuntimeError, AssertionError) as error:
+        raise RecipeError(
+            f"model.device {name!r} cannot be used: {str(error).splitlines()[0]} Use auto or cpu."
+        ) from error
+    return name
+
+
+def machine() -> dict[str, Any]:
+    """The machine's processor, cores and memory."""
+    cpu = platform.processor() or platform.machine()
+    if (info := Path("/proc/cpuinfo")).exists():
+        names = [
+            line.partition(":")[2].strip() for line in info.read_text().splitlines() if line.startswith("model name")
+        ]
+        cpu = names[0] if names else cpu
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return {"cpu": cpu, "cores": os.cpu_count(), "memory_gb": round(memory / 1e9, 1)}
+
+
+def trained(folder: Path, federation: Federation) -> State:
+    """The state after the last finished round of the run in ``folder``."""
+    kind = type(federation.method.start(federation.bench.space))
+    found = Checkpoints(folder / "checkpoints").read(kind)
+    if found is None:
+        raise RecipeError(f"{folder} holds no finished round. Run it first: fedfm run {folder / 'recipe.yaml'}.")
+    return found[1]

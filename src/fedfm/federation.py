@@ -1,0 +1,485 @@
+"""A federation: built from parts, checked, run and resumed."""
+
+from __future__ import annotations
+
+import resource
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from fedfm.core import seeds, traits, trees
+from fedfm.core.mean import WeightedMean
+from fedfm.core.method import Mean, Method, Rule, State
+from fedfm.core.plan import Members, Plan, Sampler, Training
+from fedfm.core.traits import Part, Trait
+from fedfm.core.update import Kind, Member, Tensors, Update
+from fedfm.errors import BadUpdate, FedfmError, Incompatible, NoUpdates, RecipeError, Stopped
+from fedfm.evaluate.assessment import Assessment, Evaluation, assess
+from fedfm.links.inprocess import InProcess
+from fedfm.links.link import Link
+from fedfm.observe.observer import Observer
+from fedfm.rules.add import Add
+from fedfm.sample.uniform import Uniform
+from fedfm.schedule.synchronous import Synchronous
+from fedfm.spaces.lora import LoRA
+from fedfm.spaces.space import Attached, Space
+from fedfm.store.clients import ClientStore
+from fedfm.store.folder import RunFolder
+from fedfm.tasks.task import Task
+from fedfm.train.trainer import Trainer
+from fedfm.wire.admit import Limits, admit
+from fedfm.wire.stage import Stage
+
+if TYPE_CHECKING:
+    from fedfm.models import Loaded
+
+PATIENCE = 3
+"""Rounds in a row in which every participant was dropped before the run fails."""
+
+
+@dataclass
+class Outcome:
+    """What a run leaves.
+
+    Args:
+        status: ``completed`` or ``stopped``.
+        state: the server's state after the last round.
+        records: one per round, as in ``metrics.jsonl``; round 0 is the model before training.
+        folder: the run folder, if there is one.
+    """
+
+    status: str
+    state: State
+    records: list[dict[str, Any]]
+    folder: Path | None = None
+
+    @property
+    def adapter(self) -> Path | None:
+        """Folder of the trained adapter or model."""
+        return self.folder / "final" if self.folder else None
+
+
+@dataclass(frozen=True)
+class Bench:
+    """The model in memory with a space attached: shared by runs that follow each other."""
+
+    loaded: Loaded
+    space: Attached
+
+    @classmethod
+    def of(cls, loaded: Loaded, space: Space, seed: int) -> Bench:
+        """Attach a space to a loaded model."""
+        return cls(loaded, space.attach(loaded, seed))
+
+
+class Federation:
+    """Clients that train together by a method.
+
+    Args:
+        model: a model as :func:`fedfm.models.load` understands it, or one already loaded.
+        method: the federated method.
+        members: the clients and their data.
+        task: what is learnt.
+        space: what is tuned.
+        training: local training.
+        rounds: rounds of the run.
+        sampler: who takes part in a round.
+        rule: how the combined update changes the weights.
+        stages: done to every upload, in this order.
+        mean: estimator of the mean of the uploads.
+        schedule: when the server acts.
+        evaluation: scores during training.
+        limits: what is accepted from a client.
+        seed: of every random draw.
+        load: further arguments of :func:`fedfm.models.load`.
+
+    Raises:
+        Incompatible: the parts do not compose.
+    """
+
+    def __init__(
+        self,
+        model: str | Loaded | Bench,
+        method: Method,
+        members: Members,
+        task: Task,
+        *,
+        space: Space | None = None,
+        training: Training | None = None,
+        rounds: int = 10,
+        sampler: Sampler | None = None,
+        rule: Rule | None = None,
+        stages: Sequence[Stage] = (),
+        mean: Mean | None = None,
+        schedule: Synchronous | None = None,
+        evaluation: Evaluation | None = None,
+        limits: Limits | None = None,
+        seed: int = 0,
+        load: Mapping[str, Any] | None = None,
+    ) -> None:
+        if rounds < 1:
+            raise RecipeError(f"rounds must be at least 1, but is {rounds}.")
+        self.model = model
+        self.method = method
+        self.task = task
+        self.space = space or LoRA()
+        self.rule: Rule = rule or Add()
+        self.stages = tuple(stages)
+        self.mean: Mean = mean or WeightedMean()
+        self.schedule = schedule or Synchronous()
+        self.evaluation = evaluation or Evaluation()
+        self.limits = limits or Limits()
+        self.seed = seed
+        self._load = dict(load or {})
+        self.base_plan = Plan(members, sampler or Uniform(), training or Training(), rounds)
+        self.plan = method.plan(self.base_plan)
+        self.ids = sorted(self.plan.members.ids)
+        self.composition = self.check()
+        self._observers: Sequence[Observer] = ()
+        self._stop = False
+
+    def check(self) -> list[traits.Link]:
+        """How the parts compose, line by line.
+
+        Raises:
+            Incompatible: they do not.
+        """
+        if self.method.spaces and self.space.id not in self.method.spaces:
+            raise Incompatible(
+                f"{type(self.method).__name__} is defined on the space {' or '.join(self.method.spaces)}, not on "
+                f"{self.space.id}. Set space.kind to {self.method.spaces[0]}, or choose fedavg, which takes any space."
+            )
+        if self.method.simulated_only and not InProcess.simulated:
+            raise Incompatible(f"{type(self.method).__name__} sees all clients' data; it runs only in simulation.")
+        parts = [self.plan.sampler, *self.stages, self.mean, self.rule, self.schedule]
+        return traits.check(self.method, [p for p in parts if isinstance(p, Part)])
+
+    @cached_property
+    def bench(self) -> Bench:
+        """The model with the space in it; loaded when first needed."""
+        if isinstance(self.model, Bench):
+            return self.model
+        if isinstance(self.model, str):
+            from fedfm.models import load
+
+            loaded = load(self.model, head=self.task.head, seed=self.seed, **self._load)
+        else:
+            loaded = self.model
+        return Bench.of(loaded, self.space, self.seed)
+
+    @cached_property
+    def trainer(self) -> Trainer:
+        """Answers the jobs of the clients that take part."""
+        return self._trainer(self.plan.members)
+
+    @cached_property
+    def judge(self) -> Trainer:
+        """Answers the jobs of the clients as they are without the method's plan, such as before pooling."""
+        same = self.plan.members is self.base_plan.members
+        return self.trainer if same else self._trainer(self.base_plan.members)
+
+    def _trainer(self, members: Members) -> Trainer:
+        return Trainer(
+            self.bench.loaded,
+            self.bench.space,
+            self.task,
+            self.plan.training,
+            members,
+            seed=self.seed,
+            rounds=self.plan.rounds,
+        )
+
+    def like(self, method: Method) -> Federation:
+        """The same federation by another method, with the model that is already in memory."""
+        return Federation(
+            self.bench,
+            method,
+            self.base_plan.members,
+            self.task,
+            space=self.space,
+            training=self.base_plan.training,
+            rounds=self.base_plan.rounds,
+            sampler=self.base_plan.sampler,
+            evaluation=self.evaluation,
+            limits=self.limits,
+            seed=self.seed,
+        )
+
+    def expected_steps(self) -> float:
+        """Optimizer steps of one round, over all its clients, on average."""
+        some = self.ids[:: max(1, len(self.ids) // 100)]
+        steps = [self.plan.training.steps(self.plan.members.member(i).examples) for i in some]
+        return self.plan.sampler.expected(len(self.ids)) * sum(steps) / len(steps)
+
+    def stop(self) -> None:
+        """Ask a running :meth:`run` to stop; the last finished round stays."""
+        self._stop = True
+
+    def run(
+        self,
+        folder: RunFolder | Path | str | None = None,
+        *,
+        resume: bool = False,
+        overwrite: bool = False,
+        observers: Sequence[Observer] = (),
+    ) -> Outcome:
+        """Run all rounds that are still to do.
+
+        Args:
+            folder: the run folder; ``None`` keeps everything in memory.
+            resume: go on from the last checkpoint in ``folder``.
+            overwrite: replace an earlier run in ``folder``.
+            observers: told what happens.
+
+        Raises:
+            FedfmError: the run failed; ``status.json`` says why.
+        """
+        if isinstance(folder, (str, Path)):
+            opened = RunFolder(folder, resume=resume, overwrite=overwrite)
+            try:
+                outcome = self._run(opened, resume, observers)
+                opened.finish(outcome.status)
+                return outcome
+            except BaseException as error:
+                stopped = isinstance(error, KeyboardInterrupt)
+                opened.finish("stopped" if stopped else "failed", str(error) or type(error).__name__)
+                raise
+            finally:
+                opened.close()
+        return self._run(folder, resume, observers)
+
+    def _run(self, folder: RunFolder | None, resume: bool, observers: Sequence[Observer]) -> Outcome:
+        self._stop, self._observers = False, observers
+        store = folder.clients if folder else ClientStore()
+        link = self._link(store, self.trainer)
+        state = self.method.start(self.bench.space)
+        done, idle, records = 0, 0, []
+        identity = self._identity()
+        if folder and resume and (found := folder.checkpoints.read(type(state))):
+            done, state, extra = found
+            idle = extra["idle"]
+            _same(extra["identity"], identity)
+            folder.rewind(done)
+            records = folder.records()
+        for observer in observers:
+            observer.started(self.method.id, self.plan.rounds, done, (self.plan.rounds - done) * self.expected_steps())
+        status = "stopped"
+        try:
+            if not records:
+                self._record(folder, records, self._before(link, state))
+            for round in range(done + 1, self.plan.rounds + 1):
+                state, record, idle = self._round(link, state, round, idle)
+                self._record(folder, records, record)
+                if folder:
+                    folder.checkpoints.write(round, state, {"identity": identity, "idle": idle})
+                    folder.clients.commit(round)
+            status = "completed"
+        except Stopped:
+            pass
+        except BaseException:
+            status = "failed"
+            raise
+        finally:
+            for observer in observers:
+                observer.finished(status)
+        if folder and status == "completed":
+            self.save(state, folder.final)
+        return Outcome(status, state, records, folder.path if folder else None)
+
+    def assess(self, state: State, phase: str = "test", store: ClientStore | None = None) -> Assessment | None:
+        """Score every client's model, also of a method that pools clients, by ``validate`` or ``test``.
+
+        Args:
+            state: the server's state.
+            phase: which split.
+            store: clients' private state; ``None`` when they have none.
+        """
+        members = self.base_plan.members
+        link = self._link(store or ClientStore(), self.judge)
+        return self._assess(link, state, phase, members, sorted(members.ids))
+
+    def save(self, state: State, folder: Path) -> None:
+        """Write the global model: a PEFT adapter folder, or a whole model for the full space."""
+        if state.weights:
+            self.bench.space.save(state.weights, folder)
+
+    def _link(self, store: ClientStore, trainer: Trainer) -> InProcess:
+        return InProcess(
+            self.method,
+            trainer,
+            store,
+            stages=self.stages,
+            seed=self.seed,
+            hide_metrics=Trait.VISIBLE not in self.composition[-1].after,
+            timeout_s=self.limits.timeout_s,
+            on_step=self._stepped,
+        )
+
+    def _stepped(self, steps: int) -> None:
+        if self._stop:
+            raise Stopped("stopped by the user")
+        if steps:
+            for observer in self._observers:
+                observer.stepped(steps)
+
+    def _before(self, link: Link, state: State) -> dict[str, Any]:
+        """Round 0: the model as it is before training."""
+        began = time.monotonic()
+        scores = (
+            self._assess(link, state, "validate", self.plan.members, self._panel) if self.evaluation.every else None
+        )
+        return {
+            "round": 0,
+            "seconds": round(time.monotonic() - began, 3),
+            "validation": scores.to_json() if scores else None,
+            "trainable_parameters": trees.count(trees.select(self.bench.space.initial, self.method.train)),
+            "shared_parameters": trees.count(trees.select(self.bench.space.initial, self.method.share)),
+        }
+
+    def _round(self, link: Link, state: State, number: int, idle: int) -> tuple[State, dict[str, Any], int]:
+        """One round: the new state, its record, and how many rounds in a row brought nothing."""
+        began = time.monotonic()
+        chosen = self.plan.sampler.sample(self.ids, number, self.seed)
+        server = _Server(self, link, number, tuple(self.plan.members.member(i) for i in chosen))
+        try:
+            state = self.schedule.advance(self.method, server, state) if chosen else state
+            idle = 0
+        except NoUpdates as error:
+            idle += 1
+            if idle >= PATIENCE:
+                first = server.dropped[0] if server.dropped else {"client": "none", "reason": "none"}
+                raise FedfmError(
+                    f"every client was dropped in {idle} rounds in a row; in round {number}, "
+                    f"{first['client']!r}: {first['reason']}"
+                ) from error
+        record = server.record()
+        trained = time.monotonic()
+        due = self.evaluation.every and (number % self.evaluation.every == 0 or number == self.plan.rounds)
+        scores = self._assess(link, state, "validate", self.plan.members, self._panel) if due else None
+        record |= {
+            "validation": scores.to_json() if scores else None,
+            "learning_rate": self.trainer.learning_rate(number),
+            "seconds": round(trained - began, 3),
+            "evaluation_seconds": round(time.monotonic() - trained, 3),
+            "peak_memory_mb": peak_memory_mb(),
+            "privacy": None,
+        }
+        return state, record, idle
+
+    def _assess(self, link: Link, state: State, phase: str, members: Members, ids: Sequence[str]) -> Assessment | None:
+        messages = {m: self.method.message(state, m) for m in map(members.member, ids)}
+        replies = link.ask(phase, 0, messages)
+        return assess(self.task, (r.update for r in replies if r.update is not None))
+
+    @cached_property
+    def _panel(self) -> list[str]:
+        """The clients that are scored during training."""
+        if len(self.ids) <= self.evaluation.max_clients:
+            return self.ids
+        return Uniform(count=self.evaluation.max_clients).sample(self.ids, 0, self.seed)
+
+    def _record(self, folder: RunFolder | None, records: list[dict[str, Any]], record: dict[str, Any]) -> None:
+        records.append(record)
+        if folder:
+            folder.append(record)
+        for observer in self._observers:
+            observer.round_finished(record)
+
+    def _identity(self) -> dict[str, str]:
+        """What must be the same for a run to go on."""
+        training = replace(self.plan.training, per_device_eval_batch_size=1)
+        return {
+            "method": repr(self.method),
+            "space": repr(self.space),
+            "task": repr(self.task),
+            "training": repr(training),
+            "sampler": repr(self.plan.sampler),
+            "stages": repr(self.stages),
+            "rule": repr(self.rule),
+            "seed": repr(self.seed),
+            "model": self.bench.loaded.name,
+            "members": f"{len(self.ids)} clients, {seeds.derive(0, *self.ids[:1000]):x}",
+        }
+
+
+@dataclass
+class _Server:
+    """What a round sees of the federation, and what it notes of it."""
+
+    federation: Federation
+    link: Link
+    round: int
+    members: tuple[Member, ...]
+    dropped: list[dict[str, str]] = field(default_factory=list)
+    took_part: dict[str, dict[str, float]] = field(default_factory=dict)
+    bytes_up: int = 0
+    bytes_down: int = 0
+
+    @property
+    def mean(self) -> Mean:
+        return self.federation.mean
+
+    @property
+    def rule(self) -> Rule:
+        return self.federation.rule
+
+    def ask(self, phase: str, messages: Mapping[Member, Tensors]) -> Iterator[Update]:
+        """The admitted updates in the order of client ids; who fails is dropped and named."""
+        method = self.federation.method
+        if phase not in method.phases:
+            raise ValueError(f"{type(method).__name__} has no task {phase!r}, only {', '.join(method.phases)}")
+        aligned = Trait.ALIGNED in method.traits
+        expected = trees.select(self.federation.bench.space.initial, method.share) if aligned else None
+        for reply in self.link.ask(phase, self.round, messages):
+            self.bytes_down += reply.bytes_down
+            self.bytes_up += reply.bytes_up
+            update = reply.update
+            try:
+                if update is None:
+                    raise BadUpdate(reply.reason)
+                for stage in reversed(self.federation.stages):
+                    update = stage.receive(update)
+                admit(update, None if update.kind is Kind.KNOWLEDGE else expected, self.federation.limits)
+            except BadUpdate as error:
+                self.dropped.append({"client": reply.member.id, "reason": str(error)})
+                continue
+            reply.accept()
+            self.took_part[reply.member.id] = {
+                "seconds": round(reply.seconds, 3),
+                "bytes_up": reply.bytes_up,
+                "weight": update.weight,
+                **update.metrics,
+            }
+            yield update
+
+    def record(self) -> dict[str, Any]:
+        """The round as a line of ``metrics.jsonl``."""
+        losses = [(c["loss"], c["weight"]) for c in self.took_part.values() if "loss" in c]
+        weight = sum(w for _, w in losses)
+        return {
+            "round": self.round,
+            "train_loss": sum(x * w for x, w in losses) / weight if weight else None,
+            "participants": self.took_part,
+            "dropped": self.dropped,
+            "bytes_up": self.bytes_up,
+            "bytes_down": self.bytes_down,
+        }
+
+
+def peak_memory_mb() -> int:
+    """Largest resident memory of this process so far, in MB."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return round(peak / (1 << 20 if sys.platform == "darwin" else 1 << 10))
+
+
+def _same(before: Mapping[str, str], now: Mapping[str, str]) -> None:
+    for name, value in now.items():
+        if before.get(name) != value:
+            raise RecipeError(
+                f"cannot resume: {name} was {before.get(name)} and is now {value}. Restore it, or start a new run in "
+                "another output_dir."
+            )

@@ -1,0 +1,47 @@
+"""The narrow seam between the server and its clients. Processes, sockets and Flower stay behind it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import ClassVar, Protocol
+
+from fedfm.core.update import Member, Tensors, Update
+
+
+def _nothing() -> None:
+    """Nothing to store."""
+
+
+@dataclass(frozen=True)
+class Reply:
+    """What came back from one client.
+
+    Args:
+        member: who was asked.
+        update: what it sent; ``None`` when it failed.
+        reason: why it failed, in one line.
+        bytes_down: encoded size of the message it received.
+        bytes_up: encoded size of its update.
+        seconds: how long it worked.
+        accept: to be called once the update has been admitted; only then the client keeps its new private state.
+    """
+
+    member: Member
+    update: Update | None
+    reason: str = ""
+    bytes_down: int = 0
+    bytes_up: int = 0
+    seconds: float = 0.0
+    accept: Callable[[], None] = field(default=_nothing, compare=False)
+
+
+class Link(Protocol):
+    """Asks clients to run a task of the method."""
+
+    simulated: ClassVar[bool]
+    """Whether all clients' data are in this process, so that references which pool them may run."""
+
+    def ask(self, phase: str, round: int, messages: Mapping[Member, Tensors]) -> Iterator[Reply]:
+        """One reply for each message, in the order of member ids, each as soon as it is there."""
+        ...

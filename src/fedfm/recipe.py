@@ -1,0 +1,235 @@
+"""A recipe: one YAML file that says what is run, and what it becomes.
+
+    model: smollm2-135m-instruct
+    method: fedit
+    space: {kind: lora, r: 8}
+    task: chat
+    data:
+      source: chatterbot
+      partition: {kind: natural, column: topic}
+    training: {max_steps: 8, learning_rate: 1.0e-3}
+    rounds: 5
+
+A *part* (``method``, ``space``, ...) is its kind, or a mapping with ``kind`` and settings. An unknown key is an error.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+
+from fedfm import parts
+from fedfm.core.plan import Training
+from fedfm.errors import RecipeError, nearest
+from fedfm.evaluate.assessment import Evaluation
+from fedfm.parts import Spec
+from fedfm.wire.admit import Limits
+
+
+class Section(BaseModel):
+    """A mapping in a recipe; unknown keys are refused."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, populate_by_name=True)
+
+
+class ModelSection(Section):
+    """Which model.
+
+    Args:
+        name: embedded name, Hub id, folder, or .gguf or .safetensors file.
+        dtype: of the weights in memory.
+        revision: branch, tag or commit on the Hub.
+        device: where it runs; ``auto`` is the first CUDA device, or the CPU.
+    """
+
+    name: str
+    dtype: Literal["float32", "bfloat16", "auto"] = "float32"
+    revision: str | None = None
+    device: str = "auto"
+
+
+class SplitsSection(Section):
+    """Parts of each client's rows that are held out."""
+
+    validation: float = Field(0.1, ge=0, lt=1)
+    test: float = Field(0.2, ge=0, lt=1)
+    group_by: str = "prompt"
+
+
+class DataSection(Section):
+    """Whose data.
+
+    Args:
+        source: where rows come from.
+        partition: which rows belong to which client.
+        splits: fractions of each client's rows that are held out.
+        min_examples: clients with fewer rows are left out.
+        max_examples: rows of a client beyond this number are left out; ``None`` means no bound.
+        max_clients: clients beyond this number are left out; ``None`` means no bound.
+    """
+
+    source: Spec
+    partition: Spec
+    splits: SplitsSection = SplitsSection()  # type: ignore[call-arg]
+    min_examples: int = Field(0, ge=0)
+    max_examples: int | None = Field(None, ge=1)
+    max_clients: int | None = Field(None, ge=1)
+
+
+class Recipe(Section):
+    """A whole run.
+
+    Args:
+        name: of the run; the run folder is ``runs/NAME`` unless ``output_dir`` says otherwise.
+        title: heading of the report.
+        references: methods run beside it at the same budget, for comparison.
+        samples: dialogues shown before and after training.
+    """
+
+    name: str = "run"
+    title: str = ""
+    seed: int = 0
+    model: ModelSection
+    method: Spec = "fedavg"
+    space: Spec = "lora"
+    task: Spec
+    data: DataSection
+    training: dict[str, Any] = {}
+    rounds: int = Field(10, ge=1)
+    sampler: Spec = "uniform"
+    rule: Spec = "add"
+    stages: tuple[Spec, ...] = ()
+    evaluation: dict[str, Any] = {}
+    limits: dict[str, Any] = {}
+    references: tuple[Spec, ...] = ()
+    samples: int = Field(3, ge=0)
+    output_dir: str = ""
+
+    @field_validator("model", mode="before")
+    @classmethod
+    def _named(cls, value: Any) -> Any:
+        return {"name": value} if isinstance(value, str) else value
+
+    @property
+    def folder(self) -> Path:
+        """The run folder."""
+        return Path(self.output_dir or f"runs/{self.name}")
+
+    def built(self) -> dict[str, Any]:
+        """The parts that the recipe names, ready to use, by the argument of ``Federation`` they go to."""
+        return {
+            "method": parts.make("methods", self.method, "method"),
+            "space": parts.make("spaces", self.space, "space"),
+            "task": parts.make("tasks", self.task, "task"),
+            "training": parts.build(Training, self.training, "training"),
+            "rounds": self.rounds,
+            "sampler": parts.make("sample", self.sampler, "sampler"),
+            "rule": parts.make("rules", self.rule, "rule"),
+            "stages": tuple(parts.make("wire", s, f"stages.{i}") for i, s in enumerate(self.stages)),
+            "evaluation": parts.build(Evaluation, self.evaluation, "evaluation"),
+            "limits": parts.build(Limits, self.limits, "limits"),
+            "seed": self.seed,
+        }
+
+    def sources(self) -> tuple[Any, Any]:
+        """The data's source and partition."""
+        return (
+            parts.make("data", self.data.source, "data.source"),
+            parts.make("data", self.data.partition, "data.partition"),
+        )
+
+    def resolved(self) -> dict[str, Any]:
+        """The recipe with every setting spelled out."""
+        built, (source, partition) = self.built(), self.sources()
+        out = self.model_dump(mode="json") | {"output_dir": str(self.folder)}
+        for key in ("method", "space", "task", "sampler", "rule"):
+            out[key] = parts.describe(built[key])
+        for key in ("training", "evaluation", "limits"):
+            out[key] = dict(vars(built[key]))
+        out["stages"] = [parts.describe(s) for s in built["stages"]]
+        out["references"] = [
+            parts.describe(parts.make("methods", r, f"references.{i}")) for i, r in enumerate(self.references)
+        ]
+        out["data"] |= {"source": parts.describe(source), "partition": parts.describe(partition)}
+        return out
+
+    def to_yaml(self) -> str:
+        """The resolved recipe as YAML that :func:`read` accepts."""
+        return yaml.safe_dump(self.resolved(), sort_keys=False, allow_unicode=True, width=100)
+
+
+def read(path: Path | str, overrides: Sequence[str] = ()) -> Recipe:
+    """The recipe in a YAML file.
+
+    Args:
+        path: the file.
+        overrides: changes such as ``training.learning_rate=1e-3``; values are YAML.
+
+    Raises:
+        RecipeError: no such file, no YAML, an unknown key or a wrong value.
+    """
+    path = Path(path)
+    try:
+        content = yaml.safe_load(path.read_text())
+    except FileNotFoundError:
+        near = sorted(str(p) for p in (path.parent if path.parent.is_dir() else Path()).glob("*.yaml"))
+        raise RecipeError(f"there is no recipe {path}.{nearest(str(path), near)}") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise RecipeError(f"cannot read the recipe {path}: {error}.") from error
+    except yaml.YAMLError as error:
+        raise RecipeError(f"the recipe {path} is not YAML: {' '.join(str(error).split())}.") from error
+    if not isinstance(content, dict):
+        raise RecipeError(f"the recipe {path} must be a mapping of keys, such as model: and task:.")
+    if "name" not in content:
+        content["name"] = path.stem
+    return parse(content, overrides)
+
+
+def parse(content: dict[str, Any], overrides: Sequence[str] = ()) -> Recipe:
+    """The recipe in a mapping, with overrides applied."""
+    for override in overrides:
+        _override(content, override)
+    try:
+        recipe = Recipe.model_validate(content)
+    except ValidationError as error:
+        raise RecipeError(_unknown(error) or parts.explain(error, "")) from None
+    recipe.resolved()
+    return recipe
+
+
+def _unknown(error: ValidationError) -> str:
+    """A sentence on the first unknown key, if that is what is wrong."""
+    for problem in error.errors(include_url=False):
+        if problem["type"] == "extra_forbidden":
+            *above, key = (str(p) for p in problem["loc"])
+            sections: dict[str, type[Section]] = {"model": ModelSection, "data": DataSection, "splits": SplitsSection}
+            section = sections.get(above[-1] if above else "", Recipe)
+            known = sorted(section.model_fields)
+            place = ".".join(above) or "the recipe"
+            return f"{place} has no key {key!r}.{nearest(key, known)} It takes {', '.join(known)}."
+    return ""
+
+
+def _override(content: dict[str, Any], override: str) -> None:
+    path, equals, text = override.partition("=")
+    if not equals or not path:
+        raise RecipeError(f"--set takes KEY=VALUE, such as training.max_steps=4, but got {override!r}.")
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise RecipeError(f"the value in --set {override} is not YAML: {' '.join(str(error).split())}.") from error
+    *above, last = path.split(".")
+    at: dict[str, Any] = content
+    for key in above:
+        below = at.get(key, {})
+        if isinstance(below, str):
+            below = {"name" if key == "model" else "kind": below}
+        if not isinstance(below, dict):
+            raise RecipeError(f"--set {override}: {key} is {below!r}, which has no keys.")
+        at[key] = below
+        at = below
+    at[last] = value

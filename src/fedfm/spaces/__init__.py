@@ -1,0 +1,7 @@
+"""What is tuned: which tensors of a model a method may train, by name, shape and initial value."""
+
+from fedfm.spaces.full import Full
+from fedfm.spaces.lora import LoRA
+from fedfm.spaces.space import Attached, Space
+
+__all__ = ["Attached", "Full", "LoRA", "Space"]

@@ -1,0 +1,89 @@
+"""Private state of clients: absent until first used, the most recent in memory, the rest one file each."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save
+
+from fedfm.core import trees
+from fedfm.core.update import Tensors
+from fedfm.errors import StoreError
+from fedfm.store.files import safe_name, write_bytes
+
+
+class ClientStore:
+    """Named tensors by client, versioned by the round that wrote them.
+
+    A run that goes on from the checkpoint of round R must see the state that clients had after round R, although some
+    may have written a newer one before the crash: so each write is a new file, and old ones go only at ``commit``.
+
+    Args:
+        folder: where files go; ``None`` keeps everything in memory.
+        keep: clients held in memory when there is a folder.
+    """
+
+    def __init__(self, folder: Path | None = None, keep: int = 64) -> None:
+        self._folder = folder
+        self._keep = keep
+        self._held: OrderedDict[str, dict[str, torch.Tensor]] = OrderedDict()
+        self._written: set[str] = set()
+
+    def get(self, client: str) -> Tensors:
+        """The newest state of a client; empty when it never kept any."""
+        if client in self._held:
+            self._held.move_to_end(client)
+            return self._held[client]
+        if self._folder is None or not (versions := self._versions(client)):
+            return {}
+        try:
+            tensors = load_file(versions[-1])
+        except (OSError, SafetensorError) as error:
+            raise StoreError(f"cannot read the private state of {client!r} in {versions[-1]}: {error}") from error
+        self._hold(client, tensors)
+        return tensors
+
+    def put(self, client: str, round: int, tensors: Tensors) -> None:
+        """Replace the state of a client."""
+        copy = trees.clone(tensors)
+        if self._folder is not None:
+            write_bytes(self._place(client) / f"{round:08d}.safetensors", save(copy), durable=False)
+            self._written.add(client)
+        self._hold(client, copy)
+
+    def commit(self, round: int) -> None:
+        """The checkpoint of ``round`` is written: versions older than the one before it needs can go."""
+        for client in self._written:
+            needed = [path for path in self._versions(client) if int(path.stem) < round]
+            for path in needed[:-1]:
+                path.unlink()
+        self._written.clear()
+
+    def rewind(self, round: int) -> None:
+        """Forget what was written after ``round``."""
+        self._held.clear()
+        for path in self._folder.glob("*/*.safetensors") if self._folder else ():
+            if int(path.stem) > round:
+                path.unlink()
+
+    def clients(self) -> list[str]:
+        """Names of the folders (or clients in memory) that hold a state."""
+        if self._folder is None:
+            return sorted(self._held)
+        return sorted(path.name for path in self._folder.iterdir()) if self._folder.exists() else []
+
+    def _hold(self, client: str, tensors: dict[str, torch.Tensor]) -> None:
+        self._held[client] = tensors
+        self._held.move_to_end(client)
+        while self._folder is not None and len(self._held) > self._keep:
+            self._held.popitem(last=False)
+
+    def _place(self, client: str) -> Path:
+        assert self._folder is not None
+        return self._folder / safe_name(client)
+
+    def _versions(self, client: str) -> list[Path]:
+        return sorted(self._place(client).glob("*.safetensors"))

@@ -1,0 +1,67 @@
+"""Writing files so that a crash leaves either the old content or the new."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote
+
+from fedfm.errors import StoreError
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Turn a failure of the disk into a ``StoreError`` that says what to do."""
+    try:
+        yield
+    except OSError as error:
+        raise StoreError(
+            f"cannot write {path}: {error.strerror or error}. Free space or mend the permissions, then go on with "
+            "--resume; or choose another output_dir."
+        ) from error
+
+
+def write_bytes(path: Path, data: bytes, durable: bool = True) -> None:
+    """Write through a temporary file in the same folder; ``durable`` waits until the disk has it."""
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        part = path.with_name(f".{path.name}.part")
+        with part.open("wb") as file:
+            file.write(data)
+            if durable:
+                file.flush()
+                os.fsync(file.fileno())
+        part.replace(path)
+        if durable:
+            sync_folder(path.parent)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write readable JSON, atomically."""
+    write_bytes(path, (json.dumps(value, indent=1, allow_nan=False, default=str) + "\n").encode())
+
+
+def sync_folder(folder: Path) -> None:
+    """Wait until the disk has the names in ``folder``."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def safe_name(name: str) -> str:
+    """A file name for any text: two texts never share one, and none leaves its folder.
+
+    >>> safe_name("../x y")
+    '%2E%2E%2Fx%20y'
+    """
+    if len(quoted := quote(name, safe="").replace(".", "%2E")) <= 200:
+        return quoted
+    import hashlib
+
+    return quoted[:120] + "-" + hashlib.sha256(name.encode()).hexdigest()

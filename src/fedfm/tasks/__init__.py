@@ -1,0 +1,8 @@
+"""What is learnt: rows to tensors, tensors to per-example losses, losses to metrics."""
+
+from fedfm.tasks.causal_lm import CausalLM
+from fedfm.tasks.chat import Chat
+from fedfm.tasks.classify import Classify
+from fedfm.tasks.task import Example, Losses, Task
+
+__all__ = ["CausalLM", "Chat", "Classify", "Example", "Losses", "Task"]

@@ -1,0 +1,88 @@
+"""Causal language modelling on plain text, and the loss that every next-token task shares."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+
+from fedfm.core.update import Tensors
+from fedfm.errors import RecipeError
+from fedfm.tasks.task import IGNORE, Batch, Example, Losses, Task, TaskModel
+
+if TYPE_CHECKING:
+    from fedfm.models import Loaded
+
+
+class NextToken(Task):
+    """Cross-entropy of the next token at supervised positions."""
+
+    head: ClassVar[str] = "causal_lm"
+
+    def losses(self, model: TaskModel, batch: Batch) -> Losses:
+        """Loss of example i: $-\\sum_{t \\in S_i} \\log p(x_{t+1} | x_{\\le t})$ over its supervised positions $S_i$.
+
+        The head runs at supervised positions only: its matrix is the largest of a small model. No attention mask is
+        needed: padding stands at the end, and a causal model looks only back.
+        """
+        targets = batch.target[:, 1:]
+        keep = targets != IGNORE  # [B, T-1]
+        if model.body is not None and model.head is not None:
+            hidden = model.body(input_ids=batch.input_ids, use_cache=False).last_hidden_state  # [B, T, D]
+            logits = model.head(hidden[:, :-1][keep])  # [S, V]
+        else:
+            logits = model.model(input_ids=batch.input_ids, use_cache=False).logits[:, :-1][keep]  # [S, V]
+        nats = F.cross_entropy(logits.float(), targets[keep], reduction="none")  # [S]
+        total = nats.new_zeros(len(targets)).index_add(0, keep.nonzero()[:, 0], nats)
+        count = keep.sum(1)
+        tally = {
+            "loss": total.detach().double().sum(),
+            "tokens": count.sum().double(),
+            "examples": count.new_tensor(len(targets)).double(),
+        }
+        return Losses(total, count, tally)
+
+    def metrics(self, tally: Tensors) -> dict[str, float]:
+        """``loss`` in nats per supervised token and ``perplexity``, its exponential."""
+        loss = float(tally["loss"] / tally["tokens"])
+        return {"loss": loss, "perplexity": math.exp(min(loss, 700.0))}
+
+
+@dataclass(frozen=True)
+class CausalLM(NextToken):
+    """Language modelling on the column ``text``: every token is supervised.
+
+    Args:
+        max_length: tokens; the rest of a longer text is cut off.
+    """
+
+    id: ClassVar[str] = "causal-lm"
+    columns: ClassVar[tuple[str, ...]] = ("text",)
+
+    max_length: int = 512
+
+    def __post_init__(self) -> None:
+        if self.max_length < 2:
+            raise RecipeError(f"task.max_length must be at least 2 tokens, but is {self.max_length}.")
+
+    def encode(self, rows: Iterable[Mapping[str, Any]], loaded: Loaded) -> list[Example]:
+        tokenizer = loaded.tokenizer
+        end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+        examples = []
+        for row in rows:
+            ids = torch.tensor((tokenizer(row["text"])["input_ids"] + end)[: self.max_length])
+            if len(ids) > 1:
+                examples.append(Example(ids, ids))
+        return examples
+
+    def prompt(self, row: Mapping[str, Any]) -> str:
+        words = row["text"].split()
+        return " ".join(words[: max(1, len(words) // 2)])
+
+    def answer(self, row: Mapping[str, Any]) -> str:
+        words = row["text"].split()
+        return " ".join(words[max(1, len(words) // 2) :])

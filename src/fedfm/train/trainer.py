@@ -1,0 +1,240 @@
+"""The sequential trainer: answers the jobs of one client at a time on the one model in memory."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from functools import singledispatchmethod
+from itertools import islice
+from operator import attrgetter
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from fedfm.core import seeds, trees
+from fedfm.core.jobs import Call, Features, Fit, Fitted, Generate, Job, Loss, Scores
+from fedfm.core.method import Client
+from fedfm.core.plan import Members, Training
+from fedfm.errors import DataError
+from fedfm.spaces.space import Attached
+from fedfm.tasks.task import Example, Task, TaskModel, collate
+from fedfm.train.batches import Encoded, batches
+
+if TYPE_CHECKING:
+    from fedfm.models import Loaded
+
+
+def _no_pulse(steps: int) -> None:
+    """Nobody watches."""
+
+
+class Trainer:
+    """Answers jobs with the plain loop: load the client's tensors, run its batches, read the tensors back.
+
+    The optimizer state is fresh in each ``Fit``, as in FedAvg. Random draws (batches, dropout) are functions of
+    (seed, round, client, purpose of the job).
+
+    Args:
+        loaded: model and tokenizer.
+        space: the space attached to that model.
+        task: loss and metrics.
+        training: local training arguments.
+        data: clients' rows.
+        seed: the run's seed.
+        rounds: rounds of the run, for the learning-rate schedule.
+        pulse: called with the number of optimizer steps done since the last call; may raise to stop the work.
+    """
+
+    def __init__(
+        self,
+        loaded: Loaded,
+        space: Attached,
+        task: Task,
+        training: Training,
+        data: Members,
+        *,
+        seed: int = 0,
+        rounds: int = 1,
+        pulse: Callable[[int], None] = _no_pulse,
+    ) -> None:
+        self.loaded = loaded
+        self.space = space
+        self.task = task
+        self.training = training
+        self.data = data
+        self.seed = seed
+        self.rounds = rounds
+        self.pulse = pulse
+        self.device = next(space.model.parameters()).device
+        split = loaded.split
+        body, head = (attrgetter(split.body), attrgetter(split.head)) if split else (None, None)
+        self.model = TaskModel(loaded.model, body and body(loaded.model), head and head(loaded.model))
+        self.encoded = Encoded(lambda client, part: task.encode(data.rows(client, part), loaded))
+        self._pad = loaded.tokenizer.pad_token_id if loaded.tokenizer is not None else 0
+
+    def learning_rate(self, round: int) -> float:
+        """The learning rate of a round (from 1)."""
+        done = (round - 1) / self.rounds
+        factor = {"constant": 1.0, "linear": 1 - done, "cosine": (1 + math.cos(math.pi * done)) / 2}
+        return self.training.learning_rate * factor[self.training.lr_scheduler_type]
+
+    @singledispatchmethod
+    def answer(self, job: Job, client: Client) -> Any:
+        """Do what a job asks, on this client's data, and return the answer described in :mod:`fedfm.core.jobs`."""
+        raise TypeError(f"no trainer answers {type(job).__name__}")
+
+    @answer.register
+    def fit(self, job: Fit, client: Client) -> Fitted:
+        """Gradient steps on the batch loss: the mean over supervised positions of the whole (accumulated) batch."""
+        args = self.training
+        examples = self._examples(client, "train")
+        self.space.load(job.tensors)
+        start = trees.select({n: p.detach() for n, p in self.space.parameters.items()}, job.train)
+        if job.terms:
+            start = trees.clone(start)
+        chosen = self.space.train_only(job.train)
+        optimizer = self._optimizer(list(chosen.values()), self.learning_rate(client.round))
+        steps = job.max_steps or args.steps(len(examples))
+        names = (client.round, client.member.id, job.purpose)
+        order = batches(
+            [len(e) for e in examples],
+            args.per_device_train_batch_size,
+            seeds.generator(self.seed, *names, "batches"),
+            args.group_by_length,
+        )
+        loss_sum, seen = torch.zeros((), dtype=torch.float64), 0
+        self._mode(training=True)
+        with torch.random.fork_rng(devices=self._cuda()):
+            torch.manual_seed(seeds.derive(self.seed, *names, "dropout"))
+            for _ in range(steps):
+                group = [
+                    collate([examples[i] for i in chunk], self._pad, self.device)
+                    for chunk in islice(order, args.gradient_accumulation_steps)
+                ]
+                supervised = sum(self._supervised(batch.target) for batch in group)
+                for k, batch in enumerate(group):
+                    with self._autocast():
+                        losses = self.task.losses(self.model, batch)
+                    loss = losses.total.sum() / supervised
+                    loss_sum += loss.detach().double().cpu()
+                    for term in job.terms if k == 0 else ():
+                        loss = loss + term(chosen, start)
+                    loss.backward()
+                    seen += len(batch.lengths)
+                if args.max_grad_norm > 0:
+                    torch.nn.utils.clip_grad_norm_(chosen.values(), args.max_grad_norm)
+                optimizer.step()
+                optimizer.zero_grad(set_to_none=True)
+                self.pulse(1)
+        return Fitted(self.space.read(), steps, seen, float(loss_sum) / steps)
+
+    @answer.register
+    def score(self, job: Loss, client: Client) -> Scores:
+        """Losses of every example of the split, in the order of the split."""
+        examples = self.encoded(client.member.id, job.split)
+        total, count = torch.zeros(len(examples)), torch.zeros(len(examples), dtype=torch.long)
+        tallies = []
+        for chunk, losses in self._forward(job, examples):
+            total[chunk] = losses.total.float().cpu()
+            count[chunk] = losses.count.cpu()
+            tallies.append({name: tensor.cpu() for name, tensor in losses.tally.items()})
+        return Scores(total, count, trees.total(tallies))
+
+    @answer.register
+    def features(self, job: Features, client: Client) -> torch.Tensor:
+        """Mean over each example's real tokens of the last hidden state, ``[N, D]``."""
+        examples = self.encoded(client.member.id, job.split)
+        backbone = self.loaded.model.base_model
+        self.space.load(job.tensors)
+        self._mode(training=False)
+        rows: list[torch.Tensor] = [torch.empty(0)] * len(examples)
+        with torch.no_grad(), self._autocast():
+            for chunk in self._chunks(examples):
+                batch = collate([examples[i] for i in chunk], self._pad, self.device)
+                hidden = backbone(input_ids=batch.input_ids, attention_mask=batch.mask).last_hidden_state  # [B, T, D]
+                mask = batch.mask[..., None]
+                pooled = (hidden * mask).sum(1).float() / mask.sum(1)
+                for i, row in zip(chunk, pooled.cpu(), strict=True):
+                    rows[i] = row
+        return torch.stack(rows)
+
+    @answer.register
+    def generate(self, job: Generate, client: Client) -> list[str]:
+        """Greedy continuations of the prompts, one prompt at a time so that no padding can change them."""
+        tokenizer = self.loaded.tokenizer
+        self.space.load(job.tensors)
+        self._mode(training=False)
+        texts = []
+        for prompt in job.prompts:
+            inputs = tokenizer(self.task.render(prompt, self.loaded), return_tensors="pt", add_special_tokens=False).to(
+                self.device
+            )
+            with torch.no_grad(), self._autocast():
+                output = self.loaded.model.generate(
+                    **inputs,
+                    max_new_tokens=job.max_new_tokens,
+                    do_sample=False,
+                    use_cache=True,
+                    pad_token_id=self._pad,
+                )
+            texts.append(tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True).strip())
+            self.pulse(0)
+        return texts
+
+    @answer.register
+    def call(self, job: Call, client: Client) -> Any:
+        """The function's result on the client's rows."""
+        draw = seeds.generator(self.seed, client.round, client.member.id, "call", job.function.__qualname__)
+        return job.function(self.data.rows(client.member.id, job.split), draw)
+
+    def _forward(self, job: Loss, examples: list[Example]):  # type: ignore[no-untyped-def]
+        self.space.load(job.tensors)
+        self._mode(training=False)
+        for chunk in self._chunks(examples):
+            with torch.no_grad(), self._autocast():
+                yield chunk, self.task.losses(self.model, collate([examples[i] for i in chunk], self._pad, self.device))
+            self.pulse(0)
+
+    def _chunks(self, examples: list[Example]) -> list[list[int]]:
+        """Indices in batches of similar length."""
+        order = sorted(range(len(examples)), key=lambda i: len(examples[i]))
+        size = self.training.per_device_eval_batch_size
+        return [order[at : at + size] for at in range(0, len(order), size)]
+
+    def _examples(self, client: Client, split: str) -> list[Example]:
+        examples = self.encoded(client.member.id, split)
+        if not examples:
+            raise DataError(
+                f"client {client.member.id!r} has no {split} example from which there is something to learn"
+            )
+        return examples
+
+    @staticmethod
+    def _supervised(target: torch.Tensor) -> int:
+        """Supervised positions: of classes ``[B]`` all, of next tokens ``[B, T]`` those after the first."""
+        return len(target) if target.dim() == 1 else int((target[:, 1:] != -100).sum())
+
+    def _optimizer(self, parameters: list[torch.nn.Parameter], rate: float) -> torch.optim.Optimizer:
+        args = self.training
+        if args.optim == "sgd":
+            return torch.optim.SGD(parameters, lr=rate, weight_decay=args.weight_decay)
+        return torch.optim.AdamW(
+            parameters,
+            lr=rate,
+            betas=(args.adam_beta1, args.adam_beta2),
+            eps=args.adam_epsilon,
+            weight_decay=args.weight_decay,
+            fused=True,
+        )
+
+    def _mode(self, training: bool) -> None:
+        # Walking all modules costs as much as a small step, so it is done only when the mode changes.
+        if self.loaded.model.training != training:
+            self.loaded.model.train(training)
+
+    def _autocast(self) -> AbstractContextManager[None]:
+        return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.training.bf16)
+
+    def _cuda(self) -> list[torch.device]:
+        return [self.device] if self.device.type == "cuda" else []

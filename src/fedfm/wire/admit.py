@@ -1,0 +1,72 @@
+"""What a server checks of an update before it believes it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+
+from fedfm.core.update import Kind, Tensors, Update
+from fedfm.errors import BadUpdate
+from fedfm.wire import codec
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Bounds on what a client may send.
+
+    Args:
+        max_upload_bytes: encoded size of one update.
+        max_weight: its weight, that is the number of examples that a client may claim.
+        max_norm: Euclidean norm of one tensor; what is larger is taken for garbage.
+        timeout_s: seconds that a client may work on one task; 0 means no limit.
+    """
+
+    max_upload_bytes: int = 16 << 30
+    max_weight: float = 1e9
+    max_norm: float = 1e6
+    timeout_s: float = 0.0
+
+
+def admit(update: Update, expected: Tensors | None, limits: Limits) -> None:
+    """Check one update.
+
+    Args:
+        update: what arrived.
+        expected: tensors of the names and shapes that it must have; ``None`` when the method lets them differ.
+        limits: the bounds.
+
+    Raises:
+        BadUpdate: the update must not be used; says why.
+    """
+    size = codec.size(update)
+    if size > limits.max_upload_bytes:
+        raise BadUpdate(f"{size} bytes are more than the {limits.max_upload_bytes} allowed")
+    least = 0.0 if update.kind is Kind.KNOWLEDGE else math.nextafter(0, 1)
+    if not least <= update.weight <= limits.max_weight:
+        raise BadUpdate(f"its weight {update.weight} is not between 0 and {limits.max_weight:g}")
+    if expected is not None:
+        _aligned(update.tensors, expected)
+    floats = {n: t for n, t in update.tensors.items() if t.is_floating_point() and t.numel()}
+    if not floats:
+        return
+    norms = torch.stack([n.float() for n in torch._foreach_norm([t.float() for t in floats.values()])])
+    # One comparison for all tensors; NaN and infinity fail it too.
+    if not bool((norms <= limits.max_norm).all()):
+        name = next(n for n, norm in zip(floats, norms.tolist(), strict=True) if not norm <= limits.max_norm)
+        what = "is not finite" if not torch.isfinite(floats[name]).all() else f"has a norm above {limits.max_norm:g}"
+        raise BadUpdate(f"tensor {name!r} {what}")
+
+
+def _aligned(tensors: Mapping[str, torch.Tensor], expected: Tensors) -> None:
+    if missing := [name for name in expected if name not in tensors]:
+        raise BadUpdate(f"tensor {missing[0]!r} is missing ({len(missing)} in all)")
+    if extra := [name for name in tensors if name not in expected]:
+        raise BadUpdate(f"tensor {extra[0]!r} was not asked for ({len(extra)} in all)")
+    for name, tensor in tensors.items():
+        if tensor.shape != expected[name].shape:
+            raise BadUpdate(f"tensor {name!r} has shape {list(tensor.shape)}, not {list(expected[name].shape)}")
+        if not tensor.is_floating_point():
+            raise BadUpdate(f"tensor {name!r} holds {tensor.dtype}, not floating-point numbers")

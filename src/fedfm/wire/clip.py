@@ -1,0 +1,43 @@
+"""Clipping of uploads to a norm.
+
+McMahan et al. 2018, Learning Differentially Private Recurrent Language Models, ICLR 2018 (arXiv 1710.06963), flat
+clipping. It bounds what one client can change, for privacy and for robustness alike.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import ClassVar
+
+import torch
+
+from fedfm.core import trees
+from fedfm.core.traits import Trait, Traits
+from fedfm.core.update import Update
+from fedfm.errors import RecipeError
+from fedfm.wire.stage import Stage
+
+
+@dataclass(frozen=True)
+class Clip(Stage):
+    """$\\Delta \\leftarrow \\Delta \\cdot \\min(1, S / \\lVert\\Delta\\rVert_2)$ over all tensors together; weight 1.
+
+    Weights are made equal because a client's number of examples would otherwise scale its influence past the bound.
+
+    Args:
+        max_norm: $S$, the largest norm of an upload.
+    """
+
+    gives: ClassVar[Traits] = frozenset({Trait.BOUNDED, Trait.UNIFORM})
+
+    max_norm: float
+
+    def __post_init__(self) -> None:
+        if not 0 < self.max_norm < float("inf"):
+            raise RecipeError(f"Clip max_norm must be above 0 and finite, but is {self.max_norm}.")
+
+    def send(self, update: Update, draw: torch.Generator) -> Update:
+        norm = trees.norm(update.tensors)
+        factor = min(1.0, self.max_norm / norm) if norm > 0 else 1.0
+        tensors = trees.scale(update.tensors, factor) if factor < 1 else update.tensors
+        return replace(update, tensors=tensors, weight=1.0)

@@ -1,0 +1,83 @@
+"""Updates and messages as bytes: a short JSON header, then safetensors. Nothing else is ever read from the wire.
+
+========  =====================================================================
+bytes     content
+========  =====================================================================
+4         ``FFM1``
+4         length of the header, unsigned, little-endian
+...       header: JSON object with ``kind``, ``weight``, ``metrics``
+...       the tensors in safetensors format (bfloat16 and float8 survive)
+========  =====================================================================
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import struct
+from functools import lru_cache
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load, save
+
+from fedfm.core import trees
+from fedfm.core.update import Kind, Tensors, Update
+from fedfm.errors import BadUpdate
+
+MAGIC = b"FFM1"
+MAX_HEADER = 1 << 20
+MAX_METRICS = 256
+
+
+def encode(update: Update) -> bytes:
+    """The bytes of an update. The sender's name is not among them: the link knows it."""
+    header = _header(update)
+    body = save({name: tensor.contiguous() for name, tensor in update.tensors.items()})
+    return MAGIC + struct.pack("<I", len(header)) + header + body
+
+
+def decode(data: bytes, member: str) -> Update:
+    """The update in ``data``, as sent by ``member``.
+
+    Raises:
+        BadUpdate: the bytes are not an update.
+    """
+    if data[:4] != MAGIC or len(data) < 8:
+        raise BadUpdate("the bytes do not begin like an update")
+    (length,) = struct.unpack("<I", data[4:8])
+    if length > min(MAX_HEADER, len(data) - 8):
+        raise BadUpdate(f"the header claims {length} bytes")
+    try:
+        header = json.loads(data[8 : 8 + length])
+        metrics = {str(name): float(value) for name, value in header["metrics"].items()}
+        kind, weight = Kind(header["kind"]), float(header["weight"])
+        tensors = load(data[8 + length :])
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError, SafetensorError) as error:
+        raise BadUpdate(f"the bytes are not an update: {error}") from error
+    if len(metrics) > MAX_METRICS:
+        raise BadUpdate(f"it has {len(metrics)} metrics, more than {MAX_METRICS}")
+    return Update(tensors, weight, metrics, kind, member)
+
+
+def size(update: Update) -> int:
+    """``len(encode(update))``, without encoding."""
+    return 8 + len(_header(update)) + tensors_size(update.tensors)
+
+
+def tensors_size(tensors: Tensors) -> int:
+    """Bytes of the tensors in safetensors format."""
+    signature = tuple((name, tuple(tensor.shape), tensor.dtype) for name, tensor in tensors.items())
+    return _overhead(signature) + trees.nbytes(tensors)
+
+
+@lru_cache(maxsize=256)
+def _overhead(signature: tuple[tuple[str, tuple[int, ...], torch.dtype], ...]) -> int:
+    """Bytes of the safetensors header, found by encoding zeros of the same names, shapes and types once."""
+    zeros = {name: torch.zeros(shape, dtype=dtype) for name, shape, dtype in signature}
+    return len(save(zeros)) - trees.nbytes(zeros)
+
+
+def _header(update: Update) -> bytes:
+    finite = {name: float(value) for name, value in update.metrics.items() if math.isfinite(value)}
+    return json.dumps({"kind": update.kind.value, "weight": float(update.weight), "metrics": finite}).encode()
