@@ -60,6 +60,8 @@ class Training:
         max_grad_norm: gradients are clipped to this norm; 0 means no clipping.
         bf16: compute in bfloat16 by autocast; weights and updates stay float32.
         group_by_length: put examples of similar length into one batch.
+        cache_frozen_blocks: where only upper blocks are tuned, keep what enters them for each example in memory instead
+            of computing it anew in each step; not done where the lower blocks draw dropout.
     """
 
     max_steps: int = -1
@@ -77,6 +79,7 @@ class Training:
     max_grad_norm: float = 1.0
     bf16: bool = False
     group_by_length: bool = False
+    cache_frozen_blocks: bool = True
 
     def __post_init__(self) -> None:
         for name in (

@@ -15,6 +15,10 @@ Tensors = Mapping[str, torch.Tensor]
 EMPTY: Mapping[str, float] = MappingProxyType({})
 
 
+def _empty() -> Mapping[str, float]:
+    return EMPTY
+
+
 class Kind(StrEnum):
     """What the tensors of an update are, so that a stage knows what it may do to them."""
 
@@ -38,7 +42,7 @@ class Member:
 
     id: str
     examples: int
-    profile: Mapping[str, float] = field(default=EMPTY, compare=False)
+    profile: Mapping[str, float] = field(default_factory=_empty, compare=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,6 +59,6 @@ class Update:
 
     tensors: Tensors
     weight: float = 1.0
-    metrics: Mapping[str, float] = EMPTY
+    metrics: Mapping[str, float] = field(default_factory=_empty)
     kind: Kind = Kind.DELTA
     member: str = field(default="")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from functools import singledispatchmethod
 from itertools import islice
 from operator import attrgetter
@@ -18,8 +18,9 @@ from fedfm.core.method import Client
 from fedfm.core.plan import Members, Training
 from fedfm.errors import DataError
 from fedfm.spaces.space import Attached
-from fedfm.tasks.task import Example, Task, TaskModel, collate
-from fedfm.train.batches import Encoded, batches
+from fedfm.tasks.task import Batch, Losses, Task, TaskModel, collate
+from fedfm.train.batches import Encoded, Split, batches
+from fedfm.train.trunk import Trunk
 
 if TYPE_CHECKING:
     from fedfm.models import Loaded
@@ -71,7 +72,8 @@ class Trainer:
         body, head = (attrgetter(split.body), attrgetter(split.head)) if split else (None, None)
         self.model = TaskModel(loaded.model, body and body(loaded.model), head and head(loaded.model))
         self.encoded = Encoded(lambda client, part: task.encode(data.rows(client, part), loaded))
-        self._pad = loaded.tokenizer.pad_token_id if loaded.tokenizer is not None else 0
+        self.trunk = Trunk.below(loaded, space) if training.cache_frozen_blocks else None
+        self._pad = loaded.tokenizer.pad_token_id
 
     def learning_rate(self, round: int) -> float:
         """The learning rate of a round (from 1)."""
@@ -88,7 +90,12 @@ class Trainer:
     def fit(self, job: Fit, client: Client) -> Fitted:
         """Gradient steps on the batch loss: the mean over supervised positions of the whole (accumulated) batch."""
         args = self.training
-        examples = self._examples(client, "train")
+        split = self.encoded(client.member.id, "train")
+        examples = split.examples
+        if not examples:
+            raise DataError(
+                f"client {client.member.id!r} has no training example from which there is something to learn"
+            )
         self.space.load(job.tensors)
         start = trees.select({n: p.detach() for n, p in self.space.parameters.items()}, job.train)
         if job.terms:
@@ -109,14 +116,11 @@ class Trainer:
             torch.manual_seed(seeds.derive(self.seed, *names, "dropout"))
             for _ in range(steps):
                 group = [
-                    collate([examples[i] for i in chunk], self._pad, self.device)
-                    for chunk in islice(order, args.gradient_accumulation_steps)
+                    (chunk, self._batch(split, chunk)) for chunk in islice(order, args.gradient_accumulation_steps)
                 ]
-                supervised = sum(self._supervised(batch.target) for batch in group)
-                for k, batch in enumerate(group):
-                    with self._autocast():
-                        losses = self.task.losses(self.model, batch)
-                    loss = losses.total.sum() / supervised
+                supervised = sum(self._supervised(batch.target) for _, batch in group)
+                for k, (chunk, batch) in enumerate(group):
+                    loss = self._losses(split, chunk, batch).total.sum() / supervised
                     loss_sum += loss.detach().double().cpu()
                     for term in job.terms if k == 0 else ():
                         loss = loss + term(chosen, start)
@@ -127,31 +131,38 @@ class Trainer:
                 optimizer.step()
                 optimizer.zero_grad(set_to_none=True)
                 self.pulse(1)
+        self.encoded.settle(client.member.id, "train")
         return Fitted(self.space.read(), steps, seen, float(loss_sum) / steps)
 
     @answer.register
     def score(self, job: Loss, client: Client) -> Scores:
         """Losses of every example of the split, in the order of the split."""
-        examples = self.encoded(client.member.id, job.split)
-        total, count = torch.zeros(len(examples)), torch.zeros(len(examples), dtype=torch.long)
+        split = self.encoded(client.member.id, job.split)
+        total, count = torch.zeros(len(split)), torch.zeros(len(split), dtype=torch.long)
         tallies = []
-        for chunk, losses in self._forward(job, examples):
+        self.space.load(job.tensors)
+        self._mode(training=False)
+        for chunk in self._chunks(split):
+            with torch.no_grad():
+                losses = self._losses(split, chunk, self._batch(split, chunk))
             total[chunk] = losses.total.float().cpu()
             count[chunk] = losses.count.cpu()
             tallies.append({name: tensor.cpu() for name, tensor in losses.tally.items()})
+            self.pulse(0)
+        self.encoded.settle(client.member.id, job.split)
         return Scores(total, count, trees.total(tallies))
 
     @answer.register
     def features(self, job: Features, client: Client) -> torch.Tensor:
         """Mean over each example's real tokens of the last hidden state, ``[N, D]``."""
-        examples = self.encoded(client.member.id, job.split)
+        split = self.encoded(client.member.id, job.split)
         backbone = self.loaded.model.base_model
         self.space.load(job.tensors)
         self._mode(training=False)
-        rows: list[torch.Tensor] = [torch.empty(0)] * len(examples)
+        rows: list[torch.Tensor] = [torch.empty(0)] * len(split)
         with torch.no_grad(), self._autocast():
-            for chunk in self._chunks(examples):
-                batch = collate([examples[i] for i in chunk], self._pad, self.device)
+            for chunk in self._chunks(split):
+                batch = self._batch(split, chunk)
                 hidden = backbone(input_ids=batch.input_ids, attention_mask=batch.mask).last_hidden_state  # [B, T, D]
                 mask = batch.mask[..., None]
                 pooled = (hidden * mask).sum(1).float() / mask.sum(1)
@@ -188,27 +199,19 @@ class Trainer:
         draw = seeds.generator(self.seed, client.round, client.member.id, "call", job.function.__qualname__)
         return job.function(self.data.rows(client.member.id, job.split), draw)
 
-    def _forward(self, job: Loss, examples: list[Example]):  # type: ignore[no-untyped-def]
-        self.space.load(job.tensors)
-        self._mode(training=False)
-        for chunk in self._chunks(examples):
-            with torch.no_grad(), self._autocast():
-                yield chunk, self.task.losses(self.model, collate([examples[i] for i in chunk], self._pad, self.device))
-            self.pulse(0)
+    def _losses(self, split: Split, chunk: list[int], batch: Batch) -> Losses:
+        """The task's losses, from the lowest tuned block on where what enters it is kept."""
+        with self._autocast(), self.trunk.skipped(self.trunk.of(split, chunk)) if self.trunk else nullcontext():
+            return self.task.losses(self.model, batch)
 
-    def _chunks(self, examples: list[Example]) -> list[list[int]]:
+    def _batch(self, split: Split, chunk: list[int]) -> Batch:
+        return collate([split.examples[i] for i in chunk], self._pad, self.device)
+
+    def _chunks(self, split: Split) -> list[list[int]]:
         """Indices in batches of similar length."""
-        order = sorted(range(len(examples)), key=lambda i: len(examples[i]))
+        order = sorted(range(len(split)), key=lambda i: len(split.examples[i]))
         size = self.training.per_device_eval_batch_size
         return [order[at : at + size] for at in range(0, len(order), size)]
-
-    def _examples(self, client: Client, split: str) -> list[Example]:
-        examples = self.encoded(client.member.id, split)
-        if not examples:
-            raise DataError(
-                f"client {client.member.id!r} has no {split} example from which there is something to learn"
-            )
-        return examples
 
     @staticmethod
     def _supervised(target: torch.Tensor) -> int:

@@ -1,0 +1,6 @@
+"""The report of a run: a self-contained HTML page and a table for the terminal."""
+
+from fedfm.report.page import write
+from fedfm.report.terminal import table
+
+__all__ = ["table", "write"]

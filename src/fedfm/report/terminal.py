@@ -1,0 +1,69 @@
+"""The results of a run as a table for the terminal."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from rich import box
+from rich.table import Table
+from rich.text import Text
+
+from fedfm.report.read import Scores, better, edges
+from fedfm.report.units import figure
+
+
+def table(results: Mapping[str, Any]) -> Table:
+    """Held-out scores by client: the primary metric of each model, then perplexity or accuracy of base and method.
+
+    The best model of a row is bold. Of more than 30 clients the 10 worst and the 10 best are shown. The last two rows
+    are the mean over clients, each counting the same, and all examples pooled.
+
+    Args:
+        results: content of ``results.json``.
+    """
+    primary, method = results["primary"], results["method"]
+    scores = Scores("test", {name: test for name, test in results["test"].items() if test})
+    models = list(results["test"])
+    second = next((m for m in ("perplexity", "accuracy") if m != primary and _has(scores, m)), None)
+    out = Table(title=Text(_plain(results["title"])), box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    out.add_column("client", max_width=16, no_wrap=True)
+    out.add_column("examples", justify="right")
+    for model in models:
+        out.add_column(f"{_plain(model)}\n{primary}", justify="right")
+    for model in ("base", method) if second else ():
+        out.add_column(f"{_plain(model)}\n{second}", justify="right")
+
+    def add(name: str, examples: int | None, rows: Mapping[str, Mapping[str, Any]], end: bool = False) -> None:
+        values = [rows.get(m, {}).get(primary) for m in models]
+        cells = [Text(figure(v), "bold" if _best(primary, v, values) else "") for v in values]
+        cells += [Text(figure(rows.get(m, {}).get(second))) for m in ("base", method)] if second else []
+        out.add_row(Text(_plain(name)), "–" if examples is None else f"{examples:,}", *cells, end_section=end)
+
+    by_model = {m: v["clients"] for m, v in scores.models.items()}
+    counts = {c: v["examples"] for clients in by_model.values() for c, v in clients.items()}
+    worst, best = edges(counts, scores.of(method, primary).get, primary)
+    # All clients stand in the order of their ids; the worst and best in the order of their scores.
+    shown = [*worst, *best] if best else sorted(worst)
+    for client in shown:
+        if best and client == best[0]:
+            left = len(counts) - len(shown)
+            out.add_row(Text(f"… {left:,} more", "dim"), "", *[""] * (len(models) + 2 * bool(second)))
+        last = client == shown[-1]
+        add(client, counts[client], {m: rows.get(client, {}) for m, rows in by_model.items()}, end=last)
+    add("mean of clients", None, {m: v["mean"] for m, v in scores.models.items()})
+    add("pooled", sum(counts.values()), {m: v["global"] for m, v in scores.models.items()})
+    return out
+
+
+def _has(scores: Scores, metric: str) -> bool:
+    return any(metric in v["mean"] for v in scores.models.values())
+
+
+def _best(metric: str, value: float | None, all: Sequence[float | None]) -> bool:
+    return value is not None and not any(better(metric, other, value) for other in all)
+
+
+def _plain(text: str) -> str:
+    """Names come from data: without the control characters that a terminal would obey."""
+    return "".join(c if c.isprintable() else "�" for c in text)

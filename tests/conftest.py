@@ -1,0 +1,167 @@
+"""Tiny real models, built here: no hub, no embedded package, nothing downloaded."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import BertConfig, BertForSequenceClassification, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from fedfm.core.method import Method
+from fedfm.core.plan import Training
+from fedfm.core.update import Member
+from fedfm.evaluate import Evaluation
+from fedfm.federation import Federation
+from fedfm.models import Loaded, load
+from fedfm.spaces import LoRA
+from fedfm.tasks import Chat
+
+torch.set_num_threads(2)
+
+CHATML = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+def byte_tokenizer(template: str | None = CHATML) -> PreTrainedTokenizerFast:
+    """A tokenizer of single bytes with the special tokens of ChatML."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocab = {"<pad>": 0, "<|im_start|>": 1, "<|im_end|>": 2} | {c: i + 3 for i, c in enumerate(alphabet)}
+    core = Tokenizer(models.BPE(vocab=vocab, merges=[]))
+    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    core.decoder = decoders.ByteLevel()
+    core.add_special_tokens(["<pad>", "<|im_start|>", "<|im_end|>"])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=core,
+        pad_token="<pad>",
+        bos_token="<|im_start|>",
+        eos_token="<|im_end|>",
+        chat_template=template,
+    )
+
+
+@pytest.fixture(scope="session")
+def llama_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A two-block Llama with a byte tokenizer."""
+    folder = tmp_path_factory.mktemp("llama")
+    tokenizer = byte_tokenizer()
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=256,
+        pad_token_id=0,
+        bos_token_id=1,
+        eos_token_id=2,
+    )
+    torch.manual_seed(0)
+    LlamaForCausalLM(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def bert_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A two-block BERT with a byte tokenizer."""
+    folder = tmp_path_factory.mktemp("bert")
+    tokenizer = byte_tokenizer()
+    config = BertConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        max_position_embeddings=128,
+        num_labels=3,
+        pad_token_id=0,
+        hidden_dropout_prob=0.0,
+        attention_probs_dropout_prob=0.0,
+    )
+    torch.manual_seed(0)
+    BertForSequenceClassification(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def llama(llama_folder: Path) -> Loaded:
+    """The tiny Llama, loaded."""
+    return load(str(llama_folder), head="causal_lm")
+
+
+@dataclass(frozen=True)
+class People:
+    """Members with rows in memory: the smallest thing a federation accepts."""
+
+    data: Mapping[str, Mapping[str, Sequence[Mapping[str, Any]]]]
+
+    @property
+    def ids(self) -> list[str]:
+        return list(self.data)
+
+    def member(self, id: str) -> Member:
+        return Member(id, len(self.data[id]["train"]))
+
+    def rows(self, id: str, split: str) -> Sequence[Mapping[str, Any]]:
+        return self.data[id][split]
+
+    def pooled(self) -> People:
+        everyone: dict[str, list[Mapping[str, Any]]] = {"train": [], "validation": [], "test": []}
+        for client in sorted(self.data):
+            for split, rows in self.data[client].items():
+                everyone[split] += rows
+        return People({"all": everyone})
+
+    def only(self, *ids: str) -> People:
+        return People({i: self.data[i] for i in ids})
+
+
+def dialogue(question: str, answer: str) -> dict[str, Any]:
+    """A row of the chat task."""
+    return {"messages": [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]}
+
+
+@pytest.fixture
+def people() -> People:
+    """Three clients of unequal size, each with its own habit."""
+
+    def rows(habit: str, n: int) -> list[dict[str, Any]]:
+        return [dialogue(f"{habit} {i}?", f"{habit * (1 + i % 3)}!") for i in range(n)]
+
+    return People(
+        {
+            name: {"train": rows(habit, n), "validation": rows(habit, 2), "test": rows(habit, 3)}
+            for name, habit, n in (("ann", "ha", 6), ("bob", "no", 3), ("cid", "mm", 4))
+        }
+    )
+
+
+FAST = Training(max_steps=2, per_device_train_batch_size=2, learning_rate=1e-2)
+
+
+@pytest.fixture
+def federation(llama_folder: Path, people: People) -> Callable[..., Federation]:
+    """Makes a small federation of the tiny Llama; every call loads a fresh model."""
+
+    def make(method: Method, **changes: Any) -> Federation:
+        settings: dict[str, Any] = {
+            "members": people,
+            "task": Chat(),
+            "space": LoRA(r=2, lora_alpha=4),
+            "training": FAST,
+            "rounds": 2,
+            "evaluation": Evaluation(every=1),
+            **changes,
+        }
+        return Federation(str(llama_folder), method, settings.pop("members"), settings.pop("task"), **settings)
+
+    return make

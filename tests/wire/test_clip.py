@@ -1,0 +1,91 @@
+"""Clipping of uploads to a norm."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from fedfm.core import seeds, trees
+from fedfm.core.traits import Trait
+from fedfm.core.update import Update
+from fedfm.errors import RecipeError
+from fedfm.wire.clip import Clip
+
+DRAW = seeds.generator(0, "clip")
+
+
+def test_by_hand_over_all_tensors_together() -> None:
+    # ||(3, 4, 12)|| = 13, so with S = 6.5 everything is halved.
+    update = Update({"a": torch.tensor([3.0, 4.0]), "b": torch.tensor(-12.0)}, weight=7, metrics={"loss": 2.0})
+    clipped = Clip(6.5).send(update, DRAW)
+    assert clipped.tensors["a"].tolist() == pytest.approx([1.5, 2.0])
+    assert clipped.tensors["b"].item() == pytest.approx(-6.0)
+    assert clipped.weight == 1.0
+    assert dict(clipped.metrics) == {"loss": 2.0}
+
+
+def test_what_is_within_the_bound_keeps_every_bit_but_not_its_weight() -> None:
+    values = torch.tensor([3.0, 4.0])
+    for bound in (5.0, 5.1, 1e9):
+        clipped = Clip(bound).send(Update({"a": values}, weight=123.0, member="ann"), DRAW)
+        assert torch.equal(clipped.tensors["a"], torch.tensor([3.0, 4.0]))
+        assert (clipped.weight, clipped.member) == (1.0, "ann")
+
+
+def test_the_norm_is_bounded_and_the_direction_stays() -> None:
+    for seed in range(20):
+        g = torch.Generator().manual_seed(seed)
+        update = Update({n: torch.randn(30, generator=g) * 10 for n in "ab"}, weight=2)
+        clipped = Clip(0.7).send(update, DRAW)
+        assert trees.norm(clipped.tensors) == pytest.approx(0.7, rel=1e-6)
+        one = torch.cat([update.tensors[n] for n in "ab"])
+        other = torch.cat([clipped.tensors[n] for n in "ab"])
+        assert torch.cosine_similarity(one, other, dim=0).item() == pytest.approx(1.0, abs=1e-6)
+
+
+def test_the_larger_the_bound_the_less_is_taken() -> None:
+    update = Update({"a": torch.tensor([30.0, 40.0])})
+    norms = [trees.norm(Clip(bound).send(update, DRAW).tensors) for bound in (1.0, 10.0, 49.0, 50.0, 60.0)]
+    assert norms == pytest.approx([1.0, 10.0, 49.0, 50.0, 50.0])
+
+
+def test_zero_tiny_and_empty_updates() -> None:
+    zero = Clip(1.0).send(Update({"a": torch.zeros(3)}, weight=5), DRAW)
+    assert zero.tensors["a"].tolist() == [0.0, 0.0, 0.0]
+    assert zero.weight == 1.0
+    tiny = torch.tensor([1e-30, 0.0])
+    assert torch.equal(Clip(1.0).send(Update({"a": tiny}), DRAW).tensors["a"], tiny)
+    empty = Clip(1.0).send(Update({}, weight=5), DRAW)
+    assert empty.tensors == {}
+    assert empty.weight == 1.0
+
+
+def test_a_huge_but_finite_update_does_not_pass_the_bound() -> None:
+    clipped = Clip(2.0).send(Update({"a": torch.full((4,), 1e18)}), DRAW)
+    assert trees.norm(clipped.tensors) == pytest.approx(2.0)
+
+
+def test_the_update_itself_is_not_changed_and_no_number_is_drawn() -> None:
+    update = Update({"a": torch.tensor([3.0, 4.0])}, weight=7)
+    state = DRAW.get_state()
+    Clip(1.0).send(update, DRAW)
+    assert update.tensors["a"].tolist() == [3.0, 4.0]
+    assert update.weight == 7
+    assert torch.equal(DRAW.get_state(), state)
+
+
+def test_the_server_takes_what_arrives() -> None:
+    update = Update({"a": torch.tensor([3.0, 4.0])}, weight=1.0)
+    assert Clip(1.0).receive(update) is update
+
+
+def test_it_gives_a_bound_and_equal_weights() -> None:
+    assert Clip.gives == {Trait.BOUNDED, Trait.UNIFORM}
+    assert Clip.needs == Clip.breaks == frozenset()
+
+
+@pytest.mark.parametrize("bound", [0.0, -1.0, float("inf"), float("nan")])
+def test_a_bound_that_bounds_nothing_is_refused(bound: float) -> None:
+    with pytest.raises(RecipeError) as caught:
+        Clip(bound)
+    assert str(caught.value) == f"Clip max_norm must be above 0 and finite, but is {bound}."
