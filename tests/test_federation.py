@@ -83,7 +83,9 @@ def test_payload_is_what_the_record_says(federation: Make) -> None:
     assert all("lora_" in n for n in names)
     expected_down = 3 * tensors_size(outcome.state.weights)
     assert record["bytes_down"] == expected_down
-    update = Update(outcome.state.weights, 6, {"loss": record["participants"]["ann"]["loss"], "steps": 2, "examples": 4})
+    update = Update(
+        outcome.state.weights, 6, {"loss": record["participants"]["ann"]["loss"], "steps": 2, "examples": 4}
+    )
     assert record["participants"]["ann"]["bytes_up"] == len(encode(update))
     assert record["bytes_up"] == sum(p["bytes_up"] for p in record["participants"].values())
 
@@ -183,7 +185,9 @@ def test_a_bad_client_is_dropped_and_named(federation: Make, people: People, dee
 
 
 def test_an_oversize_upload_is_dropped(federation: Make) -> None:
-    with pytest.raises(FedfmError, match=r"every client was dropped in 3 rounds in a row.*'ann'.*bytes are more than the 100"):
+    with pytest.raises(
+        FedfmError, match=r"every client was dropped in 3 rounds in a row.*'ann'.*bytes are more than the 100"
+    ):
         federation(FedIT(), rounds=5, limits=Limits(max_upload_bytes=100)).run()
 
 

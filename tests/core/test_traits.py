@@ -136,6 +136,15 @@ def test_a_trait_given_back_holds_again_and_the_last_taker_is_named() -> None:
     assert "which LocalNoise takes away" in text
 
 
+def test_what_a_part_gives_holds_although_it_breaks_the_same() -> None:
+    class Rebound(LocalNoise):
+        """Takes the old bound away and gives one of its own."""
+
+        gives: ClassVar[Traits] = frozenset({Trait.BOUNDED})
+
+    assert Trait.BOUNDED in check(Method(), [Clip(1.0), Rebound(), LocalNoise()])[2].after
+
+
 def test_the_parts_own_advice_goes_before_the_takers() -> None:
     class Screen(Krum):
         instead: ClassVar[Mapping[Trait, str]] = {Trait.VISIBLE: "Screen on the clients."}

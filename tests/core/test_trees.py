@@ -98,6 +98,9 @@ def test_norm_of_narrow_tensors_is_accumulated_in_float32() -> None:
     assert trees.norm({"a": torch.ones(4096, dtype=torch.bfloat16)}) == 64.0
     # 300^2 is more than float16 can hold (65504).
     assert trees.norm({"a": torch.full((4,), 300.0, dtype=torch.float16)}) == pytest.approx(600.0)
+    # sqrt(3) is not a bfloat16 number, and sqrt(4 * 60000^2) = 120000 is more than float16 can hold.
+    assert trees.norm({"a": torch.ones(3, dtype=torch.bfloat16)}) == pytest.approx(3**0.5, rel=1e-6)
+    assert trees.norm({"a": torch.full((4,), 60000.0, dtype=torch.float16)}) == pytest.approx(120000.0)
 
 
 def test_norm_of_float64_and_float32_together() -> None:

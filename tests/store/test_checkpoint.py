@@ -109,9 +109,12 @@ def test_lists_come_back_as_tuples() -> None:
 @pytest.mark.parametrize(
     ("value", "message"),
     [
-        ({"a": {1, 2}}, "the state has a set at x/a; tensors, numbers, strings, mappings and tuples can be stored"),
-        ((0, b"raw"), "the state has a bytes at x/1; tensors"),
-        (object(), "the state has a object at x; tensors"),
+        (
+            {"a": {1, 2}},
+            "the state has a set at x/a; only tensors, numbers, strings, mappings and tuples can be stored",
+        ),
+        ((0, b"raw"), "the state has a bytes at x/1; only tensors"),
+        (object(), "the state has a object at x; only tensors"),
     ],
 )
 def test_what_cannot_be_stored_is_named_with_its_place(value: Any, message: str) -> None:

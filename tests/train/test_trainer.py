@@ -97,7 +97,9 @@ def test_only_train_gets_gradients(llama: Loaded, people: People) -> None:
 
 
 def test_no_graph_below_the_lowest_tuned_block(llama: Loaded, people: People) -> None:
-    one = trainer(llama, people, space=LoRA(r=2, layers_to_transform=(1,)), training=replace(FAST, cache_frozen_blocks=False))
+    one = trainer(
+        llama, people, space=LoRA(r=2, layers_to_transform=(1,)), training=replace(FAST, cache_frozen_blocks=False)
+    )
     seen: list[bool] = []
     llama.model.model.layers[1].register_forward_pre_hook(lambda m, args: seen.append(args[0].requires_grad))
     one.answer(Fit({}), ANN)

@@ -54,7 +54,6 @@ def lines(
     bands: Sequence[Band] = (),
     whole: bool = True,
     zero: bool = False,
-    x_text: Callable[[float], str] | None = None,
     note: str = "",
     span: str = "",
 ) -> Markup:
@@ -63,7 +62,7 @@ def lines(
     places = [a for a, _ in spots]
     first, last = min(places), max(places)
     # The curves fill the width, so the scale ends where they do and not at the next round number.
-    scale = Axis.over(places, x_text, whole=whole, ticks=6)
+    scale = Axis.over(places, whole=whole, ticks=6)
     xs = Axis(first, last if last > first else first + 1, scale.ticks, scale.text)
     heights = [v for _, v in spots if v is not None] + [v for b in bands for p in b.points for v in p[1:]]
     ys = Axis.over(heights, zero=zero)
@@ -140,7 +139,7 @@ def dots(
     body = uprights(xs, x)
     if gap:
         cut = percent(100 * gap / len(rows))
-        body.append(tag("line", x1="-30%", x2="100%", y1=cut, y2=cut, class_="cut"))
+        body.append(tag("line", x1="0", x2="100%", y1=cut, y2=cut, class_="cut"))
     for i, (name, values) in enumerate(rows):
         y = percent(100 * (i + 0.5) / len(rows))
         body.append(row_name(name, y))
@@ -199,7 +198,7 @@ def heat(title: str, rows: Sequence[tuple[str, Mapping[str, float]]], *, note: s
             box = {"x": percent(j * wide), "y": percent((i + 0.06) * high)}
             box |= {"width": percent(wide * 0.96), "height": percent(high * 0.88)}
             body.append(tag("rect", said, class_="cell", style=f"--share:{count / total:.3f}", **box))
-    return frame(title, body, height=ROW * len(rows), note=note, left=118, top=70 if headed else 10)
+    return frame(title, body, height=ROW * len(rows), note=note, left=118, top=58 if headed else 10, bottom=8)
 
 
 def _line_key(series: Series) -> Markup:

@@ -91,6 +91,7 @@ def frame(
     height: int,
     left: int = 52,
     top: int = 28,
+    bottom: int = 44,
     legend: Iterable[Markup] = (),
     note: str = "",
     span: str = "",
@@ -98,16 +99,17 @@ def frame(
     """A figure: heading, legend, plot, note.
 
     Args:
-        height, left, top: of the plot and the margins for its labels, in pixels.
+        height, left, top, bottom: of the plot and the margins for its labels, in pixels.
         span: ``wide`` (two columns of the page), ``full`` (all) or nothing.
     """
     keys = list(legend)
+    size = f"height:{height}px;margin:{top}px 12px {bottom}px {left}px"
     drawing = tag("svg", tag("title", title), *body, role="img", aria_label=title)
     return tag(
         "figure",
         tag("figcaption", title),
         tag("div", *keys, class_="legend") if keys else "",
-        tag("div", drawing, class_="plot", style=f"height:{height}px;margin-left:{left}px;margin-top:{top}px"),
+        tag("div", drawing, class_="plot", style=size),
         tag("p", note, class_="note") if note else "",
         class_=span,
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,18 +12,18 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from fedfm.report import pictures, tables
 from fedfm.report.read import Run, read
-from fedfm.report.units import amount, duration, figure, percent, plural, size
+from fedfm.report.units import amount, average, duration, figure, percent, plural, size
 from fedfm.report.verdict import verdict
 from fedfm.store.files import write_bytes
 
 
 @dataclass(frozen=True)
 class Tile:
-    """A key figure."""
+    """A key figure with its notes, which break into lines only between each other."""
 
     name: str
     value: str
-    note: str = ""
+    notes: Sequence[str] = ()
 
 
 def write(folder: Path) -> Path:
@@ -74,35 +75,38 @@ def render(run: Run) -> str:
 
 def tiles(run: Run) -> list[Tile]:
     """The key figures."""
-    rounds, out = run.rounds, []
+    rounds, data = run.rounds, run.data
     first = run.records[0] if run.records else {}
-    updates = sum(len(r["participants"]) for r in rounds)
-    spread = run.data.get("per_client")
-    rows = f"{run.data['rows']:,} rows" if "rows" in run.data else ""
-    if rows and spread:
-        rows += f"; {_rows(spread['min'])} to {_rows(spread['max'])} each, median {_rows(spread['median'])}"
-    out.append(Tile("Clients", f"{run.population:,}", rows))
+    took, dropped = (sum(len(r[k]) for r in rounds) for k in ("participants", "dropped"))
+    sizes = [f"{data['rows']:,} rows"] if "rows" in data else []
+    if spread := data.get("per_client"):
+        low, middle, high = (average(spread[k]) for k in ("min", "median", "max"))
+        sizes += [f"{low} to {high} each,", f"median {middle}"]
+    out = [Tile("Clients", f"{run.population:,}", sizes)]
     planned = run.recipe.get("rounds")
-    each = f"{updates / len(rounds):.3g} clients a round" if rounds else ""
+    each = [f"{average(took / len(rounds))} clients", "a round"] if rounds else []
     out.append(Tile("Rounds", f"{len(rounds):,}" + (f" of {planned:,}" if planned else ""), each))
+    # Those who were dropped were sent to, and may have sent, as well.
+    asked = took + dropped
     for name, key in (("Sent up", "bytes_up"), ("Sent down", "bytes_down")):
         total = sum(r[key] for r in rounds)
-        out.append(Tile(name, size(total), f"{size(total / updates)} a client and round" if updates else ""))
-    training = sum(r["seconds"] for r in rounds)
+        out.append(Tile(name, size(total), [size(total / asked), "a client and round"] if asked else []))
     scoring = first.get("seconds", 0) + sum(r["evaluation_seconds"] for r in rounds)
-    out.append(Tile("Training time", duration(training), f"and {duration(scoring)} to evaluate"))
+    out.append(
+        Tile("Training time", duration(sum(r["seconds"] for r in rounds)), [f"+ {duration(scoring)}", "to evaluate"])
+    )
     if rounds:
-        out.append(Tile("Peak memory", size(1e6 * max(r["peak_memory_mb"] for r in rounds)), "of the process"))
+        out.append(Tile("Peak memory", size(1e6 * max(r["peak_memory_mb"] for r in rounds)), ["of the process"]))
     parameters = run.results.get("parameters", {})
     trainable = parameters.get("trainable", first.get("trainable_parameters"))
-    shared = parameters.get("shared", first.get("shared_parameters"))
     if trainable is not None:
-        whole = parameters.get("total")
-        of = f"{percent(trainable, whole)} of {amount(whole)}; " if whole else ""
-        out.append(Tile("Trainable parameters", amount(trainable), f"{of}{amount(shared)} travel"))
+        whole, shared = parameters.get("total"), parameters.get("shared", first.get("shared_parameters"))
+        notes = [f"{percent(trainable, whole)} of {amount(whole)};"] if whole else []
+        out.append(Tile("Trainable parameters", amount(trainable), [*notes, f"{amount(shared)} travel"]))
     spent = next((r["privacy"] for r in reversed(rounds) if r.get("privacy")), None)
     if spent:
-        out.append(Tile("Privacy spent", f"ε = {figure(spent['epsilon'])}", f"at δ = {spent['delta']:.1g}"))
+        delta = f"{spent['delta']:.1g}".replace("e-0", "e-")
+        out.append(Tile("Privacy spent", f"ε = {figure(spent['epsilon'])}", [f"at δ = {delta}"]))
     return out
 
 
@@ -112,11 +116,6 @@ def environment(run: Run) -> list[tuple[str, str]]:
     rows = [(name, str(version)) for name, version in run.results.get("versions", {}).items()]
     named = {"cpu": "processor", "cores": "cores", "memory_gb": "memory (GB)"}
     return rows + [(named.get(k, k), str(v)) for k, v in machine.items()]
-
-
-def _rows(count: float) -> str:
-    """A median may end in a half."""
-    return f"{count:,.0f}" if float(count).is_integer() else f"{count:,.1f}"
 
 
 def _subtitle(run: Run) -> str:

@@ -9,7 +9,7 @@ from markupsafe import Markup
 from fedfm.report import charts
 from fedfm.report.charts import Band, Series
 from fedfm.report.read import EDGE, FEW, HIGHER_IS_BETTER, Run, edges
-from fedfm.report.units import figure, size
+from fedfm.report.units import average, size
 
 BINS = 24
 """Bins of the distribution over many clients."""
@@ -102,7 +102,7 @@ def _distribution(run: Run, by_model: dict[str, dict[str, float | None]], title:
         steps = [(low + (i + side) * width, float(n)) for i, n in enumerate(counts) for side in (0, 1)]
         series.append(Series(model, run.style(model), steps, "step"))
     unit = run.unit(run.primary)
-    return charts.lines(title, series, x=unit, y="clients", whole=False, zero=True, x_text=figure, span="full")
+    return charts.lines(title, series, x=unit, y="clients", whole=False, zero=True, span="full")
 
 
 def cost(run: Run) -> list[Markup]:
@@ -121,7 +121,13 @@ def cost(run: Run) -> list[Markup]:
     return [
         part("Traffic by round", parts=[("up", 1, up), ("down", 2, down)], y="all clients", text=size, stacked=False),
         part("Time by round", parts=times, y=name),
-        part("Clients by round", parts=[("took part", 1, took), ("dropped", 5, lost)], y="clients", whole=True),
+        part(
+            "Clients by round",
+            parts=[("took part", 1, took), ("dropped", 5, lost)],
+            y="clients",
+            text=average,
+            whole=True,
+        ),
     ]
 
 
@@ -131,12 +137,13 @@ def data(run: Run) -> list[Markup]:
     span = "" if any(labels.values()) else "full"
     if counts:
         splits = [("train", 1), ("validation", 3), ("test", 2)]
-        rows = [(c, [float(n.get(s, 0)) for s, _ in splits]) for c, n in counts.items()]
+        rows = [(c, [float(n.get(s, 0)) for s, _ in splits]) for c, n in list(counts.items())[:FEW]]
         note = _partial(run, len(rows))
         found.append(charts.stacks("Rows by client and split", rows, splits, x="rows", note=note, span=span))
     if any(labels.values()):
-        note = f"The stronger, the larger the label's share of the client's rows. {_partial(run, len(labels))}".strip()
-        found.append(charts.heat("Labels by client", list(labels.items()), note=note))
+        shown = list(labels.items())[:FEW]
+        note = f"The stronger, the larger the label's share of the client's rows. {_partial(run, len(shown))}".strip()
+        found.append(charts.heat("Labels by client", shown, note=note))
     return found
 
 

@@ -9,8 +9,8 @@ from collections.abc import Sequence
 def figure(value: float | None) -> str:
     """A metric to three digits or so; a dash for a number that is not finite.
 
-    >>> figure(4.1), figure(2304.6), figure(0.01234), figure(None)
-    ('4.10', '2,305', '0.0123', '–')
+    >>> figure(4.1), figure(2304.6), figure(0.3), figure(0.01234), figure(None)
+    ('4.10', '2,305', '0.300', '0.0123', '–')
     """
     if value is None or not math.isfinite(value):
         return "–"
@@ -21,7 +21,9 @@ def figure(value: float | None) -> str:
         return f"{value:,.0f}"
     if magnitude >= 10:
         return f"{value:.1f}"
-    return f"{value:.2f}" if magnitude >= 0.1 or not value else f"{value:.3g}"
+    if magnitude >= 1 or not value:
+        return f"{value:.2f}"
+    return f"{value:.3f}" if magnitude >= 0.1 else f"{value:.3g}"
 
 
 def size(count: float) -> str:
@@ -40,6 +42,15 @@ def amount(count: float) -> str:
     ('9,216', '135 M')
     """
     return f"{count:,.0f}" if count < 10_000 else scaled(count, ("", "k", "M", "G", "T"))
+
+
+def average(count: float) -> str:
+    """A mean or median of whole numbers.
+
+    >>> average(15), average(14.62)
+    ('15', '14.6')
+    """
+    return f"{count:,.0f}" if float(count).is_integer() else f"{count:,.1f}"
 
 
 def scaled(value: float, steps: Sequence[str]) -> str:

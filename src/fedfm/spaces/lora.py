@@ -36,7 +36,8 @@ class LoRA(Space):
             empty means the attention projections usual for the architecture.
         use_rslora: rank-stabilised scaling (Kalajdzievski 2023, arXiv 2312.03732).
         layers_to_transform: indices of the adapted blocks; empty means all.
-        modules_to_save: further modules trained in full, such as a new head; a classification head is added to them.
+        modules_to_save: further modules trained in full; heads are added that the model got only now, such as a new
+            classifier, as they hold random weights.
     """
 
     id: ClassVar[str] = "lora"
@@ -66,7 +67,7 @@ class LoRA(Space):
             target_modules=targets if isinstance(targets, str) else list(targets),
             use_rslora=self.use_rslora,
             layers_to_transform=list(self.layers_to_transform) or None,
-            modules_to_save=list(self.modules_to_save) or None,
+            modules_to_save=list(dict.fromkeys([*self.modules_to_save, *loaded.new_modules])) or None,
             task_type=TaskType.SEQ_CLS
             if loaded.head == "sequence_classification"
             else TaskType.CAUSAL_LM

@@ -1,0 +1,144 @@
+"""What fedfm needs to know of a family of models: which layers LoRA adapts, where the blocks are, what the head is."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from operator import attrgetter
+from typing import Any
+
+import torch
+from torch import nn
+
+from fedfm.errors import ModelError
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """One model's structure.
+
+    Args:
+        family: ``model_type`` of its configuration, or the class name when it was worked out.
+        target_modules: layers that LoRA adapts unless told otherwise: the attention's query and value projections.
+        blocks: dotted path of the list of blocks, from the model; of the text side where there are two.
+        embeddings: dotted path of the token (or patch) embedding.
+        heads: modules above the blocks, as far as the model has them.
+    """
+
+    family: str
+    target_modules: tuple[str, ...]
+    blocks: str
+    embeddings: str
+    heads: tuple[str, ...] = ()
+
+
+_LLAMA = Architecture("llama", ("q_proj", "v_proj"), "layers", "embed_tokens", ("lm_head", "score"))
+_BERT = Architecture(
+    "bert", ("query", "value"), "encoder.layer", "embeddings.word_embeddings", ("cls", "lm_head", "classifier")
+)
+
+# Paths are from the backbone; `architecture` puts the backbone's name before them.
+TABLE: dict[str, Architecture] = {
+    **{name: replace(_LLAMA, family=name) for name in ("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2")},
+    "phi3": replace(_LLAMA, family="phi3", target_modules=("qkv_proj",)),
+    "gpt2": Architecture("gpt2", ("c_attn",), "h", "wte", ("lm_head", "score")),
+    "bert": _BERT,
+    "roberta": replace(_BERT, family="roberta"),
+    "xlm-roberta": replace(_BERT, family="xlm-roberta"),
+    "distilbert": Architecture(
+        "distilbert",
+        ("q_lin", "v_lin"),
+        "transformer.layer",
+        "embeddings.word_embeddings",
+        ("vocab_projector", "pre_classifier", "classifier"),
+    ),
+    "t5": Architecture("t5", ("q", "v"), "decoder.block", "shared", ("lm_head", "classification_head")),
+    "vit": Architecture(
+        "vit", ("q_proj", "v_proj"), "layers", "embeddings.patch_embeddings.projection", ("classifier",)
+    ),
+    "clip": Architecture(
+        "clip",
+        ("q_proj", "v_proj"),
+        "text_model.encoder.layers",
+        "text_model.embeddings.token_embedding",
+        ("visual_projection", "text_projection"),
+    ),
+    "whisper": Architecture(
+        "whisper", ("q_proj", "v_proj"), "decoder.layers", "decoder.embed_tokens", ("proj_out", "classifier")
+    ),
+}
+"""Common families by ``model_type``."""
+
+_QUERY_VALUE = ("q_proj", "v_proj", "query", "value", "q_lin", "v_lin", "q", "v", "to_q", "to_v")
+_FUSED = ("c_attn", "qkv_proj", "query_key_value", "qkv", "Wqkv", "in_proj", "wqkv")
+
+
+def architecture(model: nn.Module) -> Architecture:
+    """The structure of a model, from the table or worked out from its modules.
+
+    Raises:
+        ModelError: neither knows it; says what to give instead.
+    """
+    config: Any = model.config
+    prefix = getattr(model, "base_model_prefix", "")
+    at = f"{prefix}." if prefix and hasattr(model, prefix) else ""
+    if (known := TABLE.get(config.model_type)) is None:
+        return _worked_out(model)
+    return replace(
+        known,
+        blocks=at + known.blocks,
+        embeddings=at + known.embeddings,
+        heads=tuple(head for head in known.heads if hasattr(model, head)),
+    )
+
+
+def _worked_out(model: nn.Module) -> Architecture:
+    """The longest list of blocks of one class whose projections have names as attention has them."""
+    found: list[tuple[int, str, tuple[str, ...]]] = []
+    for path, module in model.named_modules():
+        if not isinstance(module, nn.ModuleList) or len({type(block) for block in module}) != 1:
+            continue
+        names = [n.rpartition(".")[2] for n, m in module[0].named_modules() if _is_linear(m)]
+        targets = [n for n in dict.fromkeys(names) if n in _QUERY_VALUE] or [n for n in names if n in _FUSED]
+        if targets:
+            found.append((len(module), path, tuple(targets)))
+    if not found:
+        raise ModelError(
+            f"fedfm does not know the architecture {type(model).__name__} and finds no attention projections in it. "
+            "Use a model of another family; known are " + ", ".join(TABLE) + "."
+        )
+    _, blocks, targets = max(found, key=lambda one: one[0])
+    embedding = next((n for n, m in model.named_modules() if isinstance(m, nn.Embedding)), "")
+    heads = tuple(name for name, m in model.named_children() if _is_linear(m))
+    return Architecture(type(model).__name__, targets, blocks, embedding, heads)
+
+
+def _is_linear(module: nn.Module) -> bool:
+    # GPT-2 writes its linear layers as Conv1D, with the weight transposed.
+    return isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"
+
+
+@dataclass(frozen=True)
+class HeadSplit:
+    """Dotted paths of the two parts of a language model: ``head(body(x).last_hidden_state)`` are its logits."""
+
+    body: str
+    head: str
+
+
+def head_split(model: nn.Module) -> HeadSplit | None:
+    """The split of a causal language model, tried out on four tokens.
+
+    ``None`` where it does not give the model's logits exactly, as in models that scale or cap them; tasks then run the
+    whole head.
+    """
+    prefix = getattr(model, "base_model_prefix", "")
+    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    path = next((name for name, module in model.named_modules() if module is head), "")
+    if not prefix or not hasattr(model, prefix) or head is None or not path:
+        return None
+    ids = torch.arange(4, device=next(model.parameters()).device)[None] % model.config.vocab_size
+    with torch.no_grad():
+        output = attrgetter(prefix)(model)(input_ids=ids, use_cache=False)
+        split = head(output.last_hidden_state)
+        whole = model(input_ids=ids, use_cache=False).logits
+    return HeadSplit(prefix, path) if torch.equal(split, whole) else None
