@@ -263,7 +263,8 @@ class Federation:
             done, state, extra = found
             idle = extra["idle"]
             _same(extra["identity"], identity)
-            folder.rewind(done)
+        if folder and resume:
+            folder.rewind(done if done else -1)
             records = folder.records()
         for observer in observers:
             observer.started(self.method.id, self.plan.rounds, done, (self.plan.rounds - done) * self.expected_steps())
@@ -432,7 +433,7 @@ class _Server:
         method = self.federation.method
         if phase not in method.phases:
             raise ValueError(f"{type(method).__name__} has no task {phase!r}, only {', '.join(method.phases)}")
-        aligned = Trait.ALIGNED in method.traits
+        aligned = Trait.ALIGNED in method.traits and method.sends is not Kind.KNOWLEDGE
         expected = trees.select(self.federation.bench.space.initial, method.share) if aligned else None
         for reply in self.link.ask(phase, self.round, messages):
             self.bytes_down += reply.bytes_down
@@ -443,18 +444,20 @@ class _Server:
                     raise BadUpdate(reply.reason)
                 for stage in reversed(self.federation.stages):
                     update = stage.receive(update)
-                admit(update, None if update.kind is Kind.KNOWLEDGE else expected, self.federation.limits)
+                admit(update, method.sends, expected, self.federation.limits)
             except BadUpdate as error:
                 self.dropped.append({"client": reply.member.id, "reason": str(error)})
                 continue
             reply.accept()
             self.took_part[reply.member.id] = {
+                **update.metrics,
                 "seconds": round(reply.seconds, 3),
                 "bytes_up": reply.bytes_up,
                 "weight": update.weight,
-                **update.metrics,
             }
             yield update
+            # Held no longer than the receiver holds it: the next update may need the memory.
+            del reply, update
 
     def record(self) -> dict[str, Any]:
         """The round as a line of ``metrics.jsonl``."""
@@ -473,7 +476,7 @@ class _Server:
 def peak_memory_mb() -> int:
     """Largest resident memory of this process so far, in MB."""
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return round(peak / (1 << 20 if sys.platform == "darwin" else 1 << 10))
+    return round(peak * (1 if sys.platform == "darwin" else 1024) / 1e6)
 
 
 def _same(before: Mapping[str, str], now: Mapping[str, str]) -> None:

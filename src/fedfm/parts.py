@@ -23,6 +23,9 @@ from fedfm.errors import RecipeError, nearest
 Spec = str | Mapping[str, Any]
 """How a recipe names a part: its kind, or its kind and settings."""
 
+_TYPES = ("str", "int", "float", "bool", "dict", "list", "tuple")
+"""Words by which pydantic names the branch of a union."""
+
 
 def make(folder: str, spec: Spec, where: str) -> Any:
     """The part that ``spec`` describes.
@@ -110,7 +113,8 @@ def explain(error: ValidationError, where: str) -> str:
     findings = []
     for problem in error.errors(include_url=False):
         # Positions in unions and tuples say nothing to a reader; names and list indices do.
-        path = ".".join(str(p) for p in problem["loc"] if isinstance(p, int) or str(p).isidentifier())
+        named = [p for p in problem["loc"] if isinstance(p, int) or (str(p).isidentifier() and p not in _TYPES)]
+        path = ".".join(map(str, named))
         key = ".".join(p for p in (where, path) if p)
         if problem["type"] == "missing":
             findings.append(f"{key} is missing")
@@ -146,7 +150,7 @@ def _imported(path: str, where: str) -> type:
     module, _, name = path.partition(":")
     try:
         cls = getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError) as error:
+    except (ImportError, AttributeError, ValueError, TypeError) as error:
         raise RecipeError(f"{where} names {path!r}, which cannot be imported: {error}.") from error
     if not (inspect.isclass(cls) and dataclasses.is_dataclass(cls)):
         raise RecipeError(f"{where} names {path!r}, which is not a dataclass.")

@@ -9,6 +9,7 @@ from rich.console import Console
 from synthetic_run import TOPICS, assessment, results_of
 
 from fedfm import report
+from fedfm.report.read import better, edges
 
 
 def shown(results, width: int = 100) -> str:
@@ -81,4 +82,24 @@ def test_names_cannot_steer_the_terminal(evil):
     results["title"] = evil
     text = shown(results)
     assert "\x1b" not in text
-    assert evil.replace("\x1b", "�")[:12] in text
+    # In the title and, cut to 16 characters, in its row.
+    assert text.count(evil.replace("\x1b", "�")[:12]) == 2
+
+
+def test_what_is_not_finite_is_worst_and_accuracy_counts_upwards():
+    scores = {"a": 1.0, "b": None, "c": 3.0, "d": float("nan")}
+    assert edges(scores, scores.get, "loss") == (["b", "d", "c", "a"], [])
+    assert edges(scores, scores.get, "accuracy") == (["b", "d", "a", "c"], [])
+    assert better("loss", 1.0, 2.0)
+    assert better("accuracy", 2.0, 1.0)
+    assert better("loss", 1.0, None)
+    assert not better("loss", 1.0, 1.0)
+    assert not better("accuracy", None, 0.0)
+
+
+def test_accuracy_may_decide():
+    results = {**results_of(["a", "b"], second="accuracy"), "primary": "accuracy"}
+    cells = [next(iter(c.cells)) for c in report.table(results).columns[2:6]]
+    # 1 / (1 + 1.9) is the largest.
+    assert [str(c) for c in cells] == ["0.200", "0.333", "0.278", "0.345"]
+    assert [c.style for c in cells] == ["", "", "", "bold"]

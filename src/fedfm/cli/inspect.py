@@ -50,10 +50,12 @@ def check(recipe: RecipePath, set_: Set = None, json_: Json = False) -> None:
     table = Table(title="How the parts compose", title_justify="left")
     for name in ("part", "needs", "breaks", "gives", "holds after"):
         table.add_column(name)
+    before: object = None
     for line in lines:
-        table.add_row(
-            str(line["part"]), *(", ".join(line[key]) or "-" for key in ("needs", "breaks", "gives", "holds_after"))
-        )
+        told = [", ".join(line[key]) or "-" for key in ("needs", "breaks", "gives")]
+        after = "as before" if line["holds_after"] == before else ", ".join(line["holds_after"])
+        table.add_row(str(line["part"]), *told, after)
+        before = line["holds_after"]
     summary = people.summary()
     sizes = summary["per_client"]
     output.print(

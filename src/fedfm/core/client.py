@@ -46,19 +46,17 @@ def work(method: Method, phase: str, client: View, message: Tensors, answer: Cal
         flow = getattr(method, phase)(client, message)
         result: Any = None
         while True:
-            job = flow.send(result)
+            try:
+                job = flow.send(result)
+            except StopIteration as end:
+                return end.value
             result = answer(job, client)
-    except StopIteration as end:
-        return end.value
+            job = None
     except Stopped:
         raise
     except Exception as error:
         kind = LateClient if isinstance(error, TimeoutError) else ClientError
-        reason = str(error) if isinstance(error, (FedfmError, TimeoutError)) else f"{type(error).__name__}: {error}"
-        raise kind(
-            reason,
-            client=client.member.id,
-            round=client.round,
-            phase=phase,
-            job=type(job).__name__ if job else None,
-        ) from error
+        known = isinstance(error, (FedfmError, TimeoutError))
+        reason = str(error) if known else f"{type(error).__name__}: {error}"
+        at = type(job).__name__ if job else None
+        raise kind(reason, client=client.member.id, round=client.round, phase=phase, job=at) from error

@@ -6,6 +6,7 @@ from collections.abc import Iterable
 
 import torch
 
+from fedfm.core import trees
 from fedfm.core.traits import Part
 from fedfm.core.update import Kind, Update
 from fedfm.errors import BadUpdate, NoUpdates
@@ -23,18 +24,23 @@ class WeightedMean(Part):
         dtypes: dict[str, torch.dtype] = {}
         weight, kind = 0.0, Kind.DELTA
         for update in updates:
-            if weight and update.tensors.keys() != mean.keys():
-                raise BadUpdate(f"{update.member!r} sent other names than the clients before it")
+            if not update.weight:
+                continue
+            shapes = {name: tensor.shape for name, tensor in update.tensors.items()}
+            if weight and shapes != {name: tensor.shape for name, tensor in mean.items()}:
+                raise BadUpdate(f"{update.member!r} sent other names or shapes than the clients before it")
             weight += update.weight
             share = update.weight / weight
             for name, tensor in update.tensors.items():
-                wide = tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+                wide = trees.wide(tensor)
                 if name in mean:
                     mean[name].lerp_(wide, share)
                 else:
                     mean[name] = wide.clone() if wide is tensor else wide
                     dtypes[name] = tensor.dtype
+                del tensor, wide
             kind = update.kind
+            del update  # the next one may need its memory
         if not weight:
             raise NoUpdates("nobody's update could be used")
         return Update({n: t.to(dtypes[n]) for n, t in mean.items()}, weight=weight, kind=kind, member="mean")

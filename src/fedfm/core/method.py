@@ -124,8 +124,10 @@ class Method:
     instead: ClassVar[Mapping[Trait, str]] = {}
     spaces: ClassVar[tuple[str, ...]] = ()
     """Ids of the spaces it is defined on; empty means any."""
-    phases: ClassVar[tuple[str, ...]] = ("local", "validate", "test")
-    """The client tasks that a server may ask for."""
+    phases: ClassVar[tuple[str, ...]] = ("local",)
+    """The client tasks that a round may ask for."""
+    scoring: ClassVar[tuple[str, ...]] = ("validate", "test")
+    """The client tasks that send tallies of held-out rows; stages leave these as they are."""
     simulated_only: ClassVar[bool] = False
     """Whether it sees what no party of a real federation may see; a reference, refused outside simulation."""
     id: ClassVar[str] = "fedavg"

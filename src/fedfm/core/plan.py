@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
@@ -93,10 +94,18 @@ class Training:
             raise RecipeError(
                 f"training.max_steps must be at least 1, or -1 to train num_train_epochs; it is {self.max_steps}."
             )
-        if self.max_steps == -1 and self.num_train_epochs <= 0:
-            raise RecipeError(f"training.num_train_epochs must be above 0, but is {self.num_train_epochs}.")
-        if self.learning_rate <= 0:
-            raise RecipeError(f"training.learning_rate must be above 0, but is {self.learning_rate}.")
+        for name, least, below in (
+            ("num_train_epochs", math.nextafter(0, 1), math.inf),
+            ("learning_rate", math.nextafter(0, 1), math.inf),
+            ("adam_epsilon", 0, math.inf),
+            ("weight_decay", 0, math.inf),
+            ("max_grad_norm", 0, math.inf),
+            ("adam_beta1", 0, 1),
+            ("adam_beta2", 0, 1),
+        ):
+            if not least <= getattr(self, name) < below:
+                wanted = f"{'above' if least else 'at least'} 0 and {'finite' if below == math.inf else 'below 1'}"
+                raise RecipeError(f"training.{name} must be {wanted}, but is {getattr(self, name)}.")
 
     def steps(self, examples: int) -> int:
         """Optimizer steps of one task of a client with this many training examples."""

@@ -21,7 +21,8 @@ def derive(seed: int, *names: str | int) -> int:
     >>> derive(0, "sampler", 1) == derive(0, "sampler", 2)
     False
     """
-    digest = hashlib.blake2b(repr((seed, *names)).encode(), digest_size=8).digest()
+    plain = tuple(name if isinstance(name, str) else int(name) for name in (seed, *names))
+    digest = hashlib.blake2b(repr(plain).encode(errors="surrogatepass"), digest_size=8).digest()
     return int.from_bytes(digest, "little") >> 1
 
 

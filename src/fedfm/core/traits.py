@@ -91,5 +91,6 @@ def _require(
             continue
         taker = broken.get(trait)
         lost = f"which {type(taker).__name__} takes away" if taker else f"which {method} does not promise"
-        tip = advice.get(trait) or (taker.instead.get(trait) if taker else None) or f"Leave {who} out."
+        out = type(taker).__name__ if taker and who == method else who
+        tip = advice.get(trait) or (taker.instead.get(trait) if taker else None) or f"Leave {out} out."
         raise Incompatible(f"{who} needs {trait.name} ({trait.value}), {lost}. {tip}")

@@ -61,9 +61,26 @@ def scale(tensors: Tensors, factor: float) -> dict[str, torch.Tensor]:
 
 
 def norm(tensors: Tensors) -> float:
-    """The Euclidean norm of all tensors taken as one vector, accumulated in float32 or wider."""
-    parts = [torch.linalg.vector_norm(t, dtype=torch.promote_types(t.dtype, torch.float32)) for t in tensors.values()]
-    return float(torch.linalg.vector_norm(torch.stack(parts).double())) if parts else 0.0
+    """The Euclidean norm of all tensors taken as one vector, accumulated in float64."""
+    parts = [torch.linalg.vector_norm(wide(t), dtype=torch.float64) for t in tensors.values()]
+    return float(torch.linalg.vector_norm(torch.stack(parts))) if parts else 0.0
+
+
+def wide(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor in float32, or as it is when it is float32 or wider."""
+    return tensor if tensor.dtype in (torch.float32, torch.float64) else tensor.float()
+
+
+def unshared(tensors: Tensors) -> dict[str, torch.Tensor]:
+    """The tensors, contiguous and without common memory, as safetensors wants them; copied only where needed."""
+    seen: set[int] = set()
+    result = {}
+    for name, tensor in tensors.items():
+        one = tensor.detach().contiguous()
+        place = one.untyped_storage().data_ptr()
+        result[name] = one.clone() if place in seen and one.numel() else one
+        seen.add(place)
+    return result
 
 
 def nbytes(tensors: Tensors) -> int:
@@ -78,7 +95,7 @@ def count(tensors: Tensors) -> int:
 
 def clone(tensors: Tensors) -> dict[str, torch.Tensor]:
     """Copies that share no memory with ``tensors``."""
-    return {name: tensor.detach().clone() for name, tensor in tensors.items()}
+    return {n: t.detach().clone(memory_format=torch.contiguous_format) for n, t in tensors.items()}
 
 
 def total(trees: Iterable[Tensors]) -> dict[str, torch.Tensor]:

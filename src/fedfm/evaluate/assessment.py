@@ -74,7 +74,7 @@ def assess(task: Task, updates: Iterable[Update]) -> Assessment | None:
     counts = {u: int(tally["examples"]) for u, tally in tallies.items()}
     clients = {name: task.metrics(tally) for name, tally in tallies.items()}
     names = next(iter(clients.values()))
-    losses = sorted((m["loss"] for m in clients.values()), reverse=True)
+    losses = sorted((m["loss"] for m in clients.values()), key=lambda x: math.inf if math.isnan(x) else x, reverse=True)
     worst = losses[: max(1, math.ceil(len(losses) / 10))]
     return Assessment(
         pooled=task.metrics(trees.total(tallies.values())),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -12,7 +13,7 @@ from fedfm.core import seeds
 from fedfm.core.client import View, work
 from fedfm.core.method import Method
 from fedfm.core.update import Member, Tensors, Update
-from fedfm.errors import ClientError, FedfmError, LateClient
+from fedfm.errors import BadUpdate, ClientError, FedfmError, LateClient
 from fedfm.links.link import Reply
 from fedfm.store.clients import ClientStore
 from fedfm.train.trainer import Trainer
@@ -76,24 +77,27 @@ class InProcess:
         self._began = self.clock()
         try:
             update = work(self.method, phase, client, message, self._answer)
+            update = self._send(replace(update, member=member.id), round, phase)
             self._check_deadline()
-        except TimeoutError as error:
+        except (TimeoutError, BadUpdate) as error:
             return Reply(member, None, str(error), down, 0, self.clock() - self._began)
         except ClientError as error:
             if not isinstance(error, LateClient) and not isinstance(error.__cause__, _CLIENT_FAULTS):
                 raise
             return Reply(member, None, error.reason, down, 0, self.clock() - self._began)
-        update = self._send(replace(update, member=member.id), round)
         up = codec.size(update) if update.tensors or update.metrics else 0
         accept = partial(self.store.put, member.id, round, client.kept) if client.kept is not None else None
         reply = Reply(member, update, "", down, up, self.clock() - self._began)
         return replace(reply, accept=accept) if accept else reply
 
-    def _send(self, update: Update, round: int) -> Update:
-        for position, stage in enumerate(self.stages):
+    def _send(self, update: Update, round: int, phase: str) -> Update:
+        """The client's half of all stages; metrics that are not finite stay at home, as JSON has no such numbers."""
+        metrics = {n: v for n, v in update.metrics.items() if math.isfinite(v)}
+        update = replace(update, metrics={} if self.hide_metrics else metrics)
+        for position, stage in enumerate(self.stages if phase in self.method.phases else ()):
             draw = seeds.generator(self.seed, round, update.member, "stage", position, type(stage).__name__)
             update = stage.send(update, draw)
-        return replace(update, metrics={}) if self.hide_metrics else update
+        return update
 
     def _answer(self, job, client):  # type: ignore[no-untyped-def]
         return self.trainer.answer(job, client)

@@ -103,13 +103,16 @@ def load(
                 dtype=dtype if dtype == "auto" else getattr(torch, dtype),
                 use_safetensors=True,
                 output_loading_info=True,
+                # A classifier of another number of classes is no use; one is drawn instead, and said to be new.
+                ignore_mismatched_sizes=head == "sequence_classification",
                 **weights,
             )
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
     model.config.pad_token_id = tokenizer.pad_token_id
     model = model.to(device).eval().requires_grad_(False)
-    missing = {key.rpartition(".")[0].split(".")[0] for key in info["missing_keys"]}
+    drawn = [*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])]
+    missing = {key.rpartition(".")[0].split(".")[0] for key in drawn}
     backbone = getattr(model, "base_model_prefix", "")
     return Loaded(
         model,

@@ -54,7 +54,7 @@ class Axis:
         """A scale with round ends over some values.
 
         >>> Axis.over([0.3, 4.1]).ticks
-        (0.0, 2.0, 4.0, 6.0)
+        (0.0, 1.0, 2.0, 3.0, 4.0, 5.0)
         """
         found = [v for v in values if math.isfinite(v)] or [0.0, 1.0]
         low, high = min([*found, 0.0] if zero else found), max(found)

@@ -25,8 +25,8 @@ class Add(Part):
     learning_rate: float = 1.0
 
     def __post_init__(self) -> None:
-        if self.learning_rate <= 0:
-            raise RecipeError(f"rule.learning_rate must be above 0, but is {self.learning_rate}.")
+        if not 0 < self.learning_rate < float("inf"):
+            raise RecipeError(f"rule.learning_rate must be above 0 and finite, but is {self.learning_rate}.")
 
     def __call__(
         self, weights: Tensors, delta: Tensors, memory: Mapping[str, Any]

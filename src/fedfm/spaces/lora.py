@@ -87,13 +87,14 @@ class LoRA(Space):
                 ) from error
         wrapped.peft_config["default"].base_model_name_or_path = loaded.name
         parameters = {_public(name): p for name, p in wrapped.named_parameters() if p.requires_grad}
-        if parameters.keys() != get_peft_model_state_dict(wrapped).keys():
+        if parameters.keys() != get_peft_model_state_dict(wrapped, save_embedding_layers=False).keys():
             raise ModelError(f"the adapter of {loaded.name} has tensors that peft does not save by these names")
 
         def save(folder: Path) -> None:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
-                wrapped.save_pretrained(str(folder))
+                # Nothing was added to the vocabulary; left to itself, peft asks the Hub whether that is so.
+                wrapped.save_pretrained(str(folder), save_embedding_layers=False)
             if loaded.tokenizer is not None:
                 loaded.tokenizer.save_pretrained(folder)
 

@@ -13,6 +13,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 
+from fedfm.core import trees
 from fedfm.core.method import State
 from fedfm.errors import StoreError
 from fedfm.store.files import sync_folder, write_bytes, writing
@@ -25,10 +26,15 @@ _TUPLE = "$tuple"
 def flatten(value: Any, tensors: dict[str, torch.Tensor], path: str = "") -> Any:
     """``value`` as JSON, with its tensors moved to ``tensors`` under the path at which they stood."""
     if isinstance(value, torch.Tensor):
-        tensors[path] = value.detach().contiguous()
-        return {_TENSOR: path}
+        name = f"{len(tensors)}:{path}"  # the number keeps apart what a path with a slash in a key would not
+        tensors[name] = value
+        return {_TENSOR: name}
     if isinstance(value, Mapping):
-        return {str(k): flatten(v, tensors, f"{path}/{k}") for k, v in value.items()}
+        if strange := [k for k in value if not isinstance(k, str) or k.startswith("$")]:
+            raise StoreError(
+                f"the state has the key {strange[0]!r} at {path or 'its root'}; keys must be text without $"
+            )
+        return {k: flatten(v, tensors, f"{path}/{k}") for k, v in value.items()}
     if isinstance(value, (tuple, list)):
         return {_TUPLE: [flatten(v, tensors, f"{path}/{i}") for i, v in enumerate(value)]}
     if value is None or isinstance(value, (bool, int, float, str)):
@@ -69,7 +75,7 @@ class Checkpoints:
         with writing(final):
             shutil.rmtree(part, ignore_errors=True)
             part.mkdir(parents=True)
-            write_bytes(part / "state.safetensors", save(tensors))
+            write_bytes(part / "state.safetensors", save(trees.unshared(tensors)))
             write_bytes(part / "state.json", json.dumps({"round": round, "state": plain, "extra": extra}).encode())
             shutil.rmtree(final, ignore_errors=True)
             part.rename(final)
@@ -93,7 +99,7 @@ class Checkpoints:
             tensors = load_file(rounds[-1] / "state.safetensors")
             values = {name: restore(value, tensors) for name, value in content["state"].items()}
             return content["round"], kind(**values), content["extra"]
-        except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
             raise StoreError(
                 f"the checkpoint {rounds[-1]} cannot be read ({error}). "
                 "Remove that folder to go on from the one before it."

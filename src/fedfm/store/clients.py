@@ -33,10 +33,10 @@ class ClientStore:
         self._written: set[str] = set()
 
     def get(self, client: str) -> Tensors:
-        """The newest state of a client; empty when it never kept any."""
+        """A copy of the newest state of a client; empty when it never kept any."""
         if client in self._held:
             self._held.move_to_end(client)
-            return self._held[client]
+            return trees.clone(self._held[client])
         if self._folder is None or not (versions := self._versions(client)):
             return {}
         try:
@@ -44,7 +44,7 @@ class ClientStore:
         except (OSError, SafetensorError) as error:
             raise StoreError(f"cannot read the private state of {client!r} in {versions[-1]}: {error}") from error
         self._hold(client, tensors)
-        return tensors
+        return trees.clone(tensors)
 
     def put(self, client: str, round: int, tensors: Tensors) -> None:
         """Replace the state of a client."""
@@ -68,12 +68,6 @@ class ClientStore:
         for path in self._folder.glob("*/*.safetensors") if self._folder else ():
             if int(path.stem) > round:
                 path.unlink()
-
-    def clients(self) -> list[str]:
-        """Names of the folders (or clients in memory) that hold a state."""
-        if self._folder is None:
-            return sorted(self._held)
-        return sorted(path.name for path in self._folder.iterdir()) if self._folder.exists() else []
 
     def _hold(self, client: str, tensors: dict[str, torch.Tensor]) -> None:
         self._held[client] = tensors

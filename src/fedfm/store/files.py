@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from collections.abc import Iterator
@@ -55,13 +56,13 @@ def sync_folder(folder: Path) -> None:
 
 
 def safe_name(name: str) -> str:
-    """A file name for any text: two texts never share one, and none leaves its folder.
+    """A file name for any text: two texts never share one (where case counts), and none leaves its folder.
 
     >>> safe_name("../x y")
     '%2E%2E%2Fx%20y'
     """
-    if len(quoted := quote(name, safe="").replace(".", "%2E")) <= 200:
+    quoted = quote(name, safe="", errors="surrogatepass").replace(".", "%2E")
+    if 0 < len(quoted) <= 200:
         return quoted
-    import hashlib
-
-    return quoted[:120] + "-" + hashlib.sha256(name.encode()).hexdigest()
+    # Quoting never leaves a % at the end, so no short name looks like this.
+    return f"{quoted[:120]}%{hashlib.sha256(name.encode(errors='surrogatepass')).hexdigest()}%"

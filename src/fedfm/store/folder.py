@@ -25,6 +25,20 @@ from fedfm.store.checkpoint import Checkpoints
 from fedfm.store.clients import ClientStore
 from fedfm.store.files import write_bytes, write_json, writing
 
+_OWN = {
+    "recipe.yaml",
+    "data.json",
+    "metrics.jsonl",
+    "status.json",
+    "results.json",
+    "report.html",
+    "checkpoints",
+    "clients",
+    "final",
+    "references",
+    "tensorboard",
+}
+
 
 class RunFolder:
     """One run's files. Holds a lock, so that no two processes write the same run.
@@ -62,7 +76,10 @@ class RunFolder:
         """The whole lines of ``metrics.jsonl``."""
         path = self.path / "metrics.jsonl"
         lines = path.read_text().split("\n")[:-1] if path.exists() else []
-        return [json.loads(line) for line in lines]
+        try:
+            return [json.loads(line) for line in lines]
+        except ValueError as error:
+            raise StoreError(f"{path} is damaged: {error}. Start a new run in another output_dir.") from error
 
     def rewind(self, round: int) -> None:
         """Forget what was written after ``round``."""
@@ -96,12 +113,20 @@ class RunFolder:
         present = [p for p in self.path.iterdir() if p.name != ".lock"]
         if not present:
             return
-        ours = (self.path / "metrics.jsonl").exists() or (self.path / "recipe.yaml").exists()
-        if not overwrite or not ours:
+        # Only what runs write is ever removed: a run folder may have been aimed at a folder of somebody's work.
+        foreign = [p.name for p in present if p.name not in _OWN]
+        earlier = any(p.name in ("metrics.jsonl", "status.json", "data.json") for p in present)
+        if not overwrite or foreign or not earlier:
             self._lock.close()
-            what = "holds an earlier run" if ours else "holds other files"
-            tip = "Go on with it by --resume, replace it by --overwrite, or" if ours else "Please"
-            raise StoreError(f"{self.path} {what}. {tip} choose another output_dir.")
+            if foreign or not earlier:
+                raise StoreError(
+                    f"{self.path} holds files that are not of a run, such as {(foreign or [present[0].name])[0]}. "
+                    "Choose another output_dir."
+                )
+            raise StoreError(
+                f"{self.path} holds an earlier run. Go on with it by --resume, replace it by --overwrite, or choose "
+                "another output_dir."
+            )
         with writing(self.path):
             for item in present:
                 shutil.rmtree(item) if item.is_dir() else item.unlink()

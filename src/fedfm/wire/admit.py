@@ -30,11 +30,12 @@ class Limits:
     timeout_s: float = 0.0
 
 
-def admit(update: Update, expected: Tensors | None, limits: Limits) -> None:
+def admit(update: Update, kind: Kind, expected: Tensors | None, limits: Limits) -> None:
     """Check one update.
 
     Args:
         update: what arrived.
+        kind: what the method sends; the sender does not choose by which rules it is judged.
         expected: tensors of the names and shapes that it must have; ``None`` when the method lets them differ.
         limits: the bounds.
 
@@ -44,9 +45,14 @@ def admit(update: Update, expected: Tensors | None, limits: Limits) -> None:
     size = codec.size(update)
     if size > limits.max_upload_bytes:
         raise BadUpdate(f"{size} bytes are more than the {limits.max_upload_bytes} allowed")
-    least = 0.0 if update.kind is Kind.KNOWLEDGE else math.nextafter(0, 1)
+    if update.kind is not kind:
+        raise BadUpdate(f"it holds {update.kind.value}, not {kind.value}")
+    least = 0.0 if kind is Kind.KNOWLEDGE else math.nextafter(0, 1)
     if not least <= update.weight <= limits.max_weight:
-        raise BadUpdate(f"its weight {update.weight} is not between 0 and {limits.max_weight:g}")
+        above = "at least" if kind is Kind.KNOWLEDGE else "above"
+        raise BadUpdate(f"its weight {update.weight} is not {above} 0 and at most {limits.max_weight:g}")
+    if strange := [name for name, value in update.metrics.items() if not math.isfinite(value)]:
+        raise BadUpdate(f"its metric {strange[0]!r} is not finite")
     if expected is not None:
         _aligned(update.tensors, expected)
     floats = {n: t for n, t in update.tensors.items() if t.is_floating_point() and t.numel()}

@@ -6,6 +6,7 @@ clipping. It bounds what one client can change, for privacy and for robustness a
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
@@ -14,7 +15,7 @@ import torch
 from fedfm.core import trees
 from fedfm.core.traits import Trait, Traits
 from fedfm.core.update import Update
-from fedfm.errors import RecipeError
+from fedfm.errors import BadUpdate, RecipeError
 from fedfm.wire.stage import Stage
 
 
@@ -28,6 +29,7 @@ class Clip(Stage):
         max_norm: $S$, the largest norm of an upload.
     """
 
+    id: ClassVar[str] = "clip"
     gives: ClassVar[Traits] = frozenset({Trait.BOUNDED, Trait.UNIFORM})
 
     max_norm: float
@@ -37,7 +39,13 @@ class Clip(Stage):
             raise RecipeError(f"Clip max_norm must be above 0 and finite, but is {self.max_norm}.")
 
     def send(self, update: Update, draw: torch.Generator) -> Update:
-        norm = trees.norm(update.tensors)
-        factor = min(1.0, self.max_norm / norm) if norm > 0 else 1.0
-        tensors = trees.scale(update.tensors, factor) if factor < 1 else update.tensors
+        tensors, norm = update.tensors, trees.norm(update.tensors)
+        if not math.isfinite(norm):
+            raise BadUpdate("its norm is not finite, so it cannot be clipped")
+        if norm > self.max_norm:
+            # Rounding can leave the norm just above the bound, most of all in 16 bits; then it is scaled a bit lower.
+            for slack in (0.0, *(2.0**-k for k in range(10, -1, -1))):
+                tensors = trees.scale(update.tensors, self.max_norm / norm * (1 - slack))
+                if trees.norm(tensors) <= self.max_norm:
+                    break
         return replace(update, tensors=tensors, weight=1.0)

@@ -33,7 +33,7 @@ MAX_METRICS = 256
 def encode(update: Update) -> bytes:
     """The bytes of an update. The sender's name is not among them: the link knows it."""
     header = _header(update)
-    body = save({name: tensor.contiguous() for name, tensor in update.tensors.items()})
+    body = save(trees.unshared(update.tensors))
     return MAGIC + struct.pack("<I", len(header)) + header + body
 
 
@@ -53,7 +53,7 @@ def decode(data: bytes, member: str) -> Update:
         metrics = {str(name): float(value) for name, value in header["metrics"].items()}
         kind, weight = Kind(header["kind"]), float(header["weight"])
         tensors = load(data[8 + length :])
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError, SafetensorError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError, OverflowError, SafetensorError) as error:
         raise BadUpdate(f"the bytes are not an update: {error}") from error
     if len(metrics) > MAX_METRICS:
         raise BadUpdate(f"it has {len(metrics)} metrics, more than {MAX_METRICS}")
