@@ -11,7 +11,6 @@ from typing import ClassVar
 import pytest
 import torch
 from safetensors.torch import load_file
-from tests.conftest import FAST, People, dialogue
 
 from fedfm.core import trees
 from fedfm.core.client import View
@@ -33,6 +32,7 @@ from fedfm.spaces import Full
 from fedfm.wire import Clip
 from fedfm.wire.admit import Limits
 from fedfm.wire.codec import encode, tensors_size
+from tests.conftest import FAST, People, dialogue
 
 Make = Callable[..., Federation]
 
@@ -227,7 +227,7 @@ class Buggy(FedIT):
 
 
 def test_a_defect_ends_the_run_and_says_where(federation: Make, tmp_path: Path) -> None:
-    with pytest.raises(ClientError, match=r"client 'ann', round 1, task 'local', job Fit: AttributeError") as caught:
+    with pytest.raises(ClientError, match=r"client 'ann', round 1, task 'local', job none: AttributeError") as caught:
         federation(Buggy()).run(tmp_path / "run")
     assert isinstance(caught.value.__cause__, AttributeError)
     status = json.loads((tmp_path / "run/status.json").read_text())

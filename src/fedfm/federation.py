@@ -31,6 +31,7 @@ from fedfm.store.clients import ClientStore
 from fedfm.store.folder import RunFolder
 from fedfm.tasks.task import Task
 from fedfm.train.trainer import Trainer
+from fedfm.train.trunk import Trunk
 from fedfm.wire.admit import Limits, admit
 from fedfm.wire.stage import Stage
 
@@ -63,7 +64,7 @@ class Outcome:
         return self.folder / "final" if self.folder else None
 
 
-@dataclass(frozen=True)
+@dataclass
 class Bench:
     """The model in memory with a space attached: shared by runs that follow each other."""
 
@@ -74,6 +75,11 @@ class Bench:
     def of(cls, loaded: Loaded, space: Space, seed: int) -> Bench:
         """Attach a space to a loaded model."""
         return cls(loaded, space.attach(loaded, seed))
+
+    @cached_property
+    def trunk(self) -> Trunk | None:
+        """The blocks below the tuned ones, if what leaves them can be kept."""
+        return Trunk.below(self.loaded, self.space)
 
 
 class Federation:
@@ -189,6 +195,7 @@ class Federation:
             self.task,
             self.plan.training,
             members,
+            trunk=self.bench.trunk if self.plan.training.cache_frozen_blocks else None,
             seed=self.seed,
             rounds=self.plan.rounds,
         )

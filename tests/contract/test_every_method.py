@@ -10,7 +10,6 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from tests.conftest import FAST, People
 
 from fedfm import parts
 from fedfm.core import trees
@@ -25,6 +24,7 @@ from fedfm.rules import Add
 from fedfm.spaces import Full, LoRA
 from fedfm.store.checkpoint import Checkpoints
 from fedfm.wire.codec import decode, encode
+from tests.conftest import FAST, People
 
 Make = Callable[..., Federation]
 METHODS = [cls for folder, cls in parts.published() if folder == "methods"]

@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 import pytest
-from datasets import Dataset
+from datasets import ClassLabel, Dataset
 
 from fedfm.core.update import Member
 from fedfm.data import Iid, Natural, Population, SizeSkew, Splits, federate, from_datasets, from_rows
@@ -30,7 +30,8 @@ class Letters:
     def load(self) -> Dataset:
         rows = [(f"w{k}", f"{k}-{i // self.copies}", i % 2) for k, n in enumerate(self.sizes) for i in range(n)]
         writer, text, label = zip(*rows, strict=True)
-        return Dataset.from_dict({"writer": writer, "text": text, "label": label})
+        table = Dataset.from_dict({"writer": writer, "text": text, "label": label})
+        return table.cast_column("label", ClassLabel(names=["0", "1"]))
 
 
 def people(source: Any = None, **settings: Any) -> Population:

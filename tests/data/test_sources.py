@@ -91,7 +91,13 @@ def test_a_wrong_column_names_itself_the_columns_and_the_nearest(tmp_path: Path)
         ("x.parquet", "no parquet at all", r"cannot be read as PARQUET: .* Mend the file, or give it the extension"),
         ("x.jsonl", '{"text": "a"}\n{"text": ', r"cannot be read as JSON: .* Mend the file"),
         ("x.csv", "", r"cannot be read as CSV: .* Mend the file"),
-        ("x.csv", "text,label\n", r"holds no rows. Give a file or a split with at least one row"),
+        ("x.csv", "text,label\n", r"cannot be read as CSV: .* Mend the file"),
+        ("x.jsonl", "", r"holds no rows. Give a file or a split with at least one row"),
+        (
+            "x.csv",
+            "text,label\nx,1\ny,\n",
+            r"the label needs a value of 'label' in each row, but 1 of 2 rows have none",
+        ),
         (
             "x.csv",
             "a,b\n1,2\n",

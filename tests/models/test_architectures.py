@@ -111,18 +111,28 @@ def test_an_unknown_family_is_worked_out() -> None:
     assert found.heads == ("lm_head",)
 
 
-def test_a_model_without_attention_is_refused_with_advice() -> None:
+def test_a_model_without_attention_has_no_usual_layers() -> None:
+    """State-space blocks have an in_proj too, but it is no attention projection."""
+
     class Plain(nn.Module):
         config = type("Config", (), {"model_type": "brand-new"})()
 
         def __init__(self) -> None:
             super().__init__()
-            self.stack = nn.ModuleList([nn.Sequential(nn.Linear(2, 2)) for _ in range(3)])
+            blocks = [nn.ModuleDict({"in_proj": nn.Linear(2, 2), "out": nn.Linear(2, 2)}) for _ in range(3)]
+            self.stack = nn.ModuleList(blocks)
 
-    with pytest.raises(
-        ModelError, match=r"does not know the architecture Plain .* no attention projections.*known are llama"
-    ):
-        architecture(Plain())
+    found = architecture(Plain())
+    assert found.blocks == ""
+    with pytest.raises(ModelError, match=r"architecture Plain .*space\.target_modules.* layers are in_proj, out\."):
+        _ = found.target_modules
+
+
+def test_half_of_a_known_family_is_worked_out() -> None:
+    """Whisper for audio classification has no decoder, where the table looks."""
+    found = architecture(build("whisper", "ForAudioClassification"))
+    assert (found.family, found.blocks) == ("whisper", "encoder.layers")
+    assert set(found.target_modules) == {"q_proj", "v_proj"}
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "qwen2"])

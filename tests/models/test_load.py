@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
+from transformers import BertConfig, BertModel, ViTConfig, ViTModel
 
 from fedfm.errors import ModelError
 from fedfm.models import EMBEDDED, load
@@ -50,6 +52,127 @@ def test_label_names(bert_folder: Path) -> None:
     assert loaded.new_modules == ()  # the source has a classifier of three classes
 
 
+def test_a_file_is_read_itself(llama_folder: Path, tmp_path: Path) -> None:
+    """Not the model.safetensors that lies beside it."""
+    shutil.copytree(llama_folder, tmp_path / "m")
+    tensors = {name: tensor + 1 for name, tensor in load_file(llama_folder / "model.safetensors").items()}
+    save_file(tensors, tmp_path / "m/later.safetensors", metadata={"format": "pt"})
+    loaded = load(str(tmp_path / "m/later.safetensors"))
+    assert torch.equal(loaded.model.lm_head.weight, tensors["lm_head.weight"])
+    loaded.model.save_pretrained(tmp_path / "again")  # must not look for the old file's name
+    assert torch.equal(load_file(tmp_path / "again/model.safetensors")["lm_head.weight"], tensors["lm_head.weight"])
+    assert "transformers_weights" not in json.loads((tmp_path / "again/config.json").read_text())
+
+
+def test_a_trained_head_is_kept_unless_the_classes_differ(bert_folder: Path) -> None:
+    own = load(str(bert_folder), head="sequence_classification")
+    assert (own.model.config.num_labels, own.new_modules) == (3, ())
+    other = load(str(bert_folder), head="sequence_classification", num_labels=5)
+    assert (other.model.classifier.out_features, other.new_modules) == (5, ("classifier",))
+
+
+def test_labels_that_make_no_sense(llama_folder: Path) -> None:
+    with pytest.raises(ModelError, match="give num_labels or label_names"):
+        load(str(llama_folder), head="sequence_classification")
+    with pytest.raises(ModelError, match="as many as num_labels"):
+        load(str(llama_folder), head="sequence_classification", num_labels=3, label_names=["a", "b"])
+    with pytest.raises(ModelError, match="two or more different names"):
+        load(str(llama_folder), head="sequence_classification", label_names=["a", "a"])
+    with pytest.raises(ModelError, match="are for head sequence_classification"):
+        load(str(llama_folder), num_labels=3)
+
+
+def test_nothing_but_a_classifier_is_drawn(llama_folder: Path, bert_folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match=r"bert, has no causal_lm head. It can have: sequence_classification"):
+        load(str(bert_folder))  # transformers would give it one that sees the answer
+    with pytest.raises(ModelError, match="have no masked_lm head"):
+        load(str(bert_folder), head="masked_lm")
+    shutil.copytree(llama_folder, tmp_path / "m")
+    tensors = load_file(llama_folder / "model.safetensors")
+    del tensors["model.layers.1.mlp.up_proj.weight"]
+    save_file(tensors, tmp_path / "m/model.safetensors", metadata={"format": "pt"})
+    for head, labels in (("causal_lm", None), ("sequence_classification", 2)):
+        with pytest.raises(ModelError, match=r"1 tensors are missing .*up_proj"):
+            load(str(tmp_path / "m"), head=head, num_labels=labels)
+
+
+def test_no_tokenizer(tmp_path: Path) -> None:
+    small = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    BertModel(BertConfig(vocab_size=40, **small)).save_pretrained(tmp_path / "bert")
+    with pytest.raises(ModelError, match="has no tokenizer"):
+        load(str(tmp_path / "bert"), head="none")
+    ViTModel(ViTConfig(image_size=8, patch_size=4, **small)).save_pretrained(tmp_path / "vit")
+    assert load(str(tmp_path / "vit"), head="none").tokenizer is None  # it reads no text
+
+
+def test_padding_with_the_end_token(llama_folder: Path, tmp_path: Path) -> None:
+    shutil.copytree(llama_folder, tmp_path / "m")
+    for name in ("tokenizer_config.json", "config.json"):
+        settings = json.loads((llama_folder / name).read_text())
+        settings.pop("pad_token", None)
+        settings.pop("pad_token_id", None)
+        (tmp_path / "m" / name).write_text(json.dumps(settings))
+    loaded = load(str(tmp_path / "m"), head="sequence_classification", num_labels=2)
+    assert loaded.tokenizer.pad_token == "<|im_end|>"
+    assert loaded.model.config.pad_token_id == 2
+    batch = loaded.tokenizer(["a", "abc"], padding=True, return_tensors="pt")
+    alone = loaded.model(**loaded.tokenizer("a", return_tensors="pt")).logits
+    torch.testing.assert_close(loaded.model(**batch).logits[:1], alone)
+
+
+def test_training_has_no_cache_and_generation_has(llama_folder: Path) -> None:
+    loaded = load(str(llama_folder))
+    ids = torch.tensor([[5, 6, 7]])
+    assert loaded.model(ids).past_key_values is None
+    output = loaded.model.generate(
+        ids, max_new_tokens=2, min_new_tokens=2, do_sample=False, return_dict_in_generate=True
+    )
+    assert output.past_key_values.get_seq_length() == 4
+    assert output.sequences.shape == (1, 5)
+
+
+def test_code_of_a_model_is_never_run(llama_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    questions: list[object] = []
+
+    def asked(*question: object) -> str:
+        questions.append(question)
+        return "n"
+
+    monkeypatch.setattr("builtins.input", asked)
+    shutil.copytree(llama_folder, tmp_path / "m")
+    config = json.loads((llama_folder / "config.json").read_text())
+    config |= {"model_type": "own", "auto_map": {"AutoConfig": "own.Config", "AutoModelForCausalLM": "own.Model"}}
+    (tmp_path / "m/config.json").write_text(json.dumps(config))
+    with pytest.raises(ModelError, match="runs no code that comes with a model"):
+        load(str(tmp_path / "m"))
+    assert questions == []
+
+
+def test_nothing_on_the_terminal(llama_folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    from transformers.utils import logging
+
+    logging.set_verbosity_warning()
+    before = (logging.get_verbosity(), logging.is_progress_bar_enabled())
+    load(str(llama_folder), head="sequence_classification", num_labels=3)
+    assert capfd.readouterr() == ("", "")
+    assert (logging.get_verbosity(), logging.is_progress_bar_enabled()) == before
+
+
+def test_adapters_revisions_and_broken_settings(llama_folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match="revision 'v2' is for models on the Hub"):
+        load(str(llama_folder), revision="v2")
+    with pytest.raises(ModelError, match="dtype must be one of float32, bfloat16, auto, but is 'float8'"):
+        load(str(llama_folder), dtype="float8")  # type: ignore[arg-type]
+    shutil.copytree(llama_folder, tmp_path / "m")
+    config = json.loads((llama_folder / "config.json").read_text())
+    (tmp_path / "m/config.json").write_text(json.dumps(config | {"hidden_size": "wide"}))
+    with pytest.raises(ModelError, match=r"hidden_size.*'wide'"):
+        load(str(tmp_path / "m"))
+    (tmp_path / "m/adapter_config.json").write_text('{"base_model_name_or_path": "some/base"}')
+    with pytest.raises(ModelError, match=r"holds an adapter, .* its base model 'some/base'"):
+        load(str(tmp_path / "m"))
+
+
 def test_errors_say_what_to_do(llama_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     with pytest.raises(ModelError, match=r"no folder /no/such"):
@@ -77,7 +200,7 @@ def test_broken_and_pickled_weights(llama_folder: Path, tmp_path: Path) -> None:
         load(str(folder))
     (folder / "model.safetensors").unlink()
     (folder / "pytorch_model.bin").write_bytes(b"\x80\x02")
-    with pytest.raises(ModelError, match="safetensors"):
+    with pytest.raises(ModelError, match=r"opens no pickled ones such as pytorch_model.bin"):
         load(str(folder))
 
 
@@ -127,6 +250,25 @@ def test_conversion_is_atomic_and_done_once(tmp_path: Path, monkeypatch: pytest.
     assert converted(file) != first
 
 
+def test_the_slower_of_two_conversions_drops_its_copy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FEDFM_CACHE", str(tmp_path / "cache"))
+    file = tmp_path / "m.gguf"
+    file.write_bytes(b"GGUF")
+
+    def write(source: Path, folder: Path) -> None:
+        (folder / "by").write_text("first")
+
+    def overtaken(source: Path, folder: Path) -> None:
+        monkeypatch.setattr(converting, "_convert", write)
+        converted(source)
+        (folder / "by").write_text("second")
+
+    monkeypatch.setattr(converting, "_convert", overtaken)
+    folder = converted(file)
+    assert (folder / "by").read_text() == "first"
+    assert list(folder.parent.iterdir()) == [folder]
+
+
 def test_a_file_that_is_no_gguf(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FEDFM_CACHE", str(tmp_path / "cache"))
     (tmp_path / "m.gguf").write_bytes(b"not a model at all" * 10)
@@ -141,6 +283,10 @@ def test_the_embedded_language_model() -> None:
     assert loaded.name == "HuggingFaceTB/SmolLM2-135M-Instruct"
     assert sum(p.numel() for p in loaded.model.parameters()) == 134_515_008
     assert loaded.tokenizer("<|im_start|>user\n")["input_ids"] == [1, 4093, 198]
+    # Two spaces before a number are one token, as the model was trained; then single digits.
+    assert loaded.tokenizer("  12")["input_ids"] == [256, 33, 34]
+    assert loaded.model.generation_config.eos_token_id == 2 == loaded.tokenizer.eos_token_id
+    assert loaded.model.lm_head.weight is loaded.model.model.embed_tokens.weight
     question = [{"role": "user", "content": "What is the capital of France?"}]
     inputs = loaded.tokenizer.apply_chat_template(
         question, add_generation_prompt=True, return_tensors="pt", return_dict=True

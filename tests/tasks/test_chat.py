@@ -3,10 +3,10 @@
 from types import SimpleNamespace
 
 import pytest
-from tests.conftest import CHATML, byte_tokenizer, dialogue
 
 from fedfm.errors import DataError, ModelError
 from fedfm.tasks import Chat
+from tests.conftest import CHATML, byte_tokenizer, dialogue
 
 LLAMA2 = (
     "{% for m in messages %}{% if m.role == 'user' %}[INST] {{ m.content | trim }} [/INST]"

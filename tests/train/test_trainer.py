@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-from tests.conftest import FAST, People, dialogue
 
 from fedfm.core import seeds, trees
 from fedfm.core.client import View
@@ -15,18 +14,22 @@ from fedfm.core.jobs import Call, Features, Fit, Generate, Loss
 from fedfm.core.plan import Training
 from fedfm.core.update import Member
 from fedfm.errors import DataError
+from fedfm.federation import Bench
 from fedfm.models import Loaded, load
 from fedfm.spaces import Full, LoRA
 from fedfm.tasks import CausalLM, Chat, Classify
 from fedfm.train import Trainer
 from fedfm.train.batches import batches
+from tests.conftest import FAST, People, dialogue
 
 ANN = View(Member("ann", 6), 1)
 
 
 def trainer(loaded: Loaded, people: People, **changes: Any) -> Trainer:
     settings = {"training": FAST, "space": LoRA(r=2), "task": Chat(), **changes}
-    return Trainer(loaded, settings["space"].attach(loaded, 0), settings["task"], settings["training"], people)
+    bench, args = Bench.of(loaded, settings["space"], 0), settings["training"]
+    trunk = bench.trunk if args.cache_frozen_blocks else None
+    return Trainer(loaded, bench.space, settings["task"], args, people, trunk=trunk)
 
 
 def test_fit_is_the_plain_loop(llama_folder: Path, people: People) -> None:
@@ -118,7 +121,7 @@ def test_kept_hidden_states_change_nothing(llama_folder: Path, people: People) -
         loaded.model.model.layers[0].register_forward_hook(lambda m, i, o, c=count: c.append(len(o)))
         results[cached] = (one.answer(Fit({}), ANN), one.answer(Loss({}, "test"), ANN))
         runs[cached] = sum(count)
-    assert runs[True] == 6 + 3  # each training and test example once
+    assert runs[True] == 6  # each text once: the test rows are among the training rows
     assert runs[False] == 12 + 3
     (fit, scores), (plain_fit, plain_scores) = results[True], results[False]
     for name in fit.tensors:
@@ -129,7 +132,7 @@ def test_kept_hidden_states_change_nothing(llama_folder: Path, people: People) -
 def test_no_trunk_where_it_would_be_wrong(llama_folder: Path, bert_folder: Path, people: People) -> None:
     assert trainer(load(str(llama_folder)), people).trunk is None  # every block is tuned
     assert trainer(load(str(llama_folder)), people, space=Full()).trunk is None
-    dropping = load(str(bert_folder), head="sequence_classification")
+    dropping = load(str(bert_folder), head="sequence_classification", num_labels=3)
     dropping.model.config.hidden_dropout_prob = 0.1
     upper = LoRA(r=2, layers_to_transform=(1,))
     assert trainer(dropping, people, space=upper, task=Classify()).trunk is None
@@ -206,7 +209,7 @@ def test_features_generate_call(llama: Loaded, people: People) -> None:
     one = trainer(llama, people)
     features = one.answer(Features({}, "test"), ANN)
     assert features.shape == (3, 32)
-    row = one.encoded("ann", "test").examples[0]
+    row = one.encoded("ann", "test")[0]
     with torch.no_grad():
         wanted = llama.model.model(row.input_ids[None]).last_hidden_state.mean(1)[0]
     torch.testing.assert_close(features[0], wanted, rtol=1e-4, atol=1e-5)

@@ -14,7 +14,10 @@ from fedfm.errors import RecipeError
 class Members(Protocol):
     """The clients of a federation with their data, visited lazily."""
 
-    ids: Sequence[str]
+    @property
+    def ids(self) -> Sequence[str]:
+        """Names of the clients, each once."""
+        ...
 
     def member(self, id: str) -> Member:
         """The member called ``id``."""

@@ -83,6 +83,9 @@ class File:
         try:
             with quiet():
                 rows = datasets.load_dataset(kinds[0], data_files=files, split="train", **options)
+        except StopIteration as error:
+            # What datasets raises for JSON files without a line.
+            raise DataError(f"{where} holds no rows. Give a file or a split with at least one row.") from error
         except (datasets.exceptions.DatasetsError, OSError, ValueError, UnicodeError) as error:
             raise DataError(
                 f"{where} cannot be read as {kinds[0].upper()}: {_reason(error)} Mend the file, or give it the "

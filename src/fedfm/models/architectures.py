@@ -18,17 +18,33 @@ class Architecture:
 
     Args:
         family: ``model_type`` of its configuration, or the class name when it was worked out.
-        target_modules: layers that LoRA adapts unless told otherwise: the attention's query and value projections.
+        projections: names of the attention's query and value projections; empty when none were found.
         blocks: dotted path of the list of blocks, from the model; of the text side where there are two.
         embeddings: dotted path of the token (or patch) embedding.
         heads: modules above the blocks, as far as the model has them.
+        linear: names of all linear layers; only filled when no projections were found.
     """
 
     family: str
-    target_modules: tuple[str, ...]
+    projections: tuple[str, ...]
     blocks: str
     embeddings: str
     heads: tuple[str, ...] = ()
+    linear: tuple[str, ...] = ()
+
+    @property
+    def target_modules(self) -> tuple[str, ...]:
+        """Layers that LoRA adapts unless told otherwise.
+
+        Raises:
+            ModelError: there is no usual choice; says what to choose from.
+        """
+        if not self.projections:
+            raise ModelError(
+                f"fedfm does not know the architecture {self.family} and finds no attention projections in it. Say "
+                f"which layers to adapt with space.target_modules; its linear layers are {', '.join(self.linear)}."
+            )
+        return self.projections
 
 
 _LLAMA = Architecture("llama", ("q_proj", "v_proj"), "layers", "embed_tokens", ("lm_head", "score"))
@@ -39,7 +55,7 @@ _BERT = Architecture(
 # Paths are from the backbone; `architecture` puts the backbone's name before them.
 TABLE: dict[str, Architecture] = {
     **{name: replace(_LLAMA, family=name) for name in ("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2")},
-    "phi3": replace(_LLAMA, family="phi3", target_modules=("qkv_proj",)),
+    "phi3": replace(_LLAMA, family="phi3", projections=("qkv_proj",)),
     "gpt2": Architecture("gpt2", ("c_attn",), "h", "wte", ("lm_head", "score")),
     "bert": _BERT,
     "roberta": replace(_BERT, family="roberta"),
@@ -69,20 +85,23 @@ TABLE: dict[str, Architecture] = {
 """Common families by ``model_type``."""
 
 _QUERY_VALUE = ("q_proj", "v_proj", "query", "value", "q_lin", "v_lin", "q", "v", "to_q", "to_v")
-_FUSED = ("c_attn", "qkv_proj", "query_key_value", "qkv", "Wqkv", "in_proj", "wqkv")
+# Not in_proj: state-space models have it too, without attention.
+_FUSED = ("c_attn", "qkv_proj", "query_key_value", "qkv", "Wqkv", "wqkv")
 
 
 def architecture(model: nn.Module) -> Architecture:
     """The structure of a model, from the table or worked out from its modules.
 
-    Raises:
-        ModelError: neither knows it; says what to give instead.
+    A model in which no blocks with attention are found has none in its structure, and no usual ``target_modules``.
     """
     config: Any = model.config
     prefix = getattr(model, "base_model_prefix", "")
     at = f"{prefix}." if prefix and hasattr(model, prefix) else ""
-    if (known := TABLE.get(config.model_type)) is None:
-        return _worked_out(model)
+    known = TABLE.get(config.model_type)
+    # A head class may hold only half of a family's model, such as the encoder of Whisper.
+    if known is None or not {at + known.blocks, at + known.embeddings} <= {name for name, _ in model.named_modules()}:
+        found = _worked_out(model)
+        return replace(found, family=known.family) if known else found
     return replace(
         known,
         blocks=at + known.blocks,
@@ -97,19 +116,17 @@ def _worked_out(model: nn.Module) -> Architecture:
     for path, module in model.named_modules():
         if not isinstance(module, nn.ModuleList) or len({type(block) for block in module}) != 1:
             continue
-        names = [n.rpartition(".")[2] for n, m in module[0].named_modules() if _is_linear(m)]
-        targets = [n for n in dict.fromkeys(names) if n in _QUERY_VALUE] or [n for n in names if n in _FUSED]
-        if targets:
+        names = list(dict.fromkeys(n.rpartition(".")[2] for n, m in module[0].named_modules() if _is_linear(m)))
+        pair = [n for n in names if n in _QUERY_VALUE]
+        if targets := pair if len(pair) > 1 else [n for n in names if n in _FUSED]:
             found.append((len(module), path, tuple(targets)))
-    if not found:
-        raise ModelError(
-            f"fedfm does not know the architecture {type(model).__name__} and finds no attention projections in it. "
-            "Use a model of another family; known are " + ", ".join(TABLE) + "."
-        )
-    _, blocks, targets = max(found, key=lambda one: one[0])
     embedding = next((n for n, m in model.named_modules() if isinstance(m, nn.Embedding)), "")
     heads = tuple(name for name, m in model.named_children() if _is_linear(m))
-    return Architecture(type(model).__name__, targets, blocks, embedding, heads)
+    if not found:
+        linear = tuple(dict.fromkeys(n.rpartition(".")[2] for n, m in model.named_modules() if _is_linear(m)))
+        return Architecture(type(model).__name__, (), "", embedding, heads, linear)
+    _, blocks, projections = max(found, key=lambda one: one[0])
+    return Architecture(type(model).__name__, projections, blocks, embedding, heads)
 
 
 def _is_linear(module: nn.Module) -> bool:
@@ -125,18 +142,18 @@ class HeadSplit:
     head: str
 
 
-def head_split(model: nn.Module) -> HeadSplit | None:
+def head_split(model: Any) -> HeadSplit | None:
     """The split of a causal language model, tried out on four tokens.
 
     ``None`` where it does not give the model's logits exactly, as in models that scale or cap them; tasks then run the
     whole head.
     """
     prefix = getattr(model, "base_model_prefix", "")
-    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    head: Any = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
     path = next((name for name, module in model.named_modules() if module is head), "")
-    if not prefix or not hasattr(model, prefix) or head is None or not path:
+    if not prefix or not hasattr(model, prefix) or not isinstance(head, nn.Linear) or not path:
         return None
-    ids = torch.arange(4, device=next(model.parameters()).device)[None] % model.config.vocab_size
+    ids = torch.arange(4, device=next(model.parameters()).device)[None] % head.weight.shape[0]
     with torch.no_grad():
         output = attrgetter(prefix)(model)(input_ids=ids, use_cache=False)
         split = head(output.last_hidden_state)

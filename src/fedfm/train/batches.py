@@ -34,65 +34,28 @@ def batches(lengths: Sequence[int], size: int, draw: torch.Generator, by_length:
         yield from groups
 
 
-GROUP = 8
-"""Examples that go through frozen lower blocks together."""
-
-
-class Split:
-    """The tokenised examples of one client's split, and what was computed of them once.
-
-    Args:
-        examples: in the order of the rows.
-    """
-
-    def __init__(self, examples: list[Example]) -> None:
-        self.examples = examples
-        order = sorted(range(len(examples)), key=lambda i: len(examples[i]))
-        self.groups = [order[at : at + GROUP] for at in range(0, len(order), GROUP)]
-        """Fixed groups of similar length, by index."""
-        self.group_of = {i: g for g, group in enumerate(self.groups) for i in group}
-        self.hidden: dict[int, torch.Tensor] = {}
-        """What enters the lowest tuned block, by index, ``[T, D]``."""
-
-    def __len__(self) -> int:
-        return len(self.examples)
-
-    @property
-    def nbytes(self) -> int:
-        """Memory of the tensors held."""
-        tokens = sum(16 * len(e) for e in self.examples)
-        return tokens + sum(h.numel() * h.element_size() for h in self.hidden.values())
-
-
 class Encoded:
     """Tokenised examples by client and split, each made once; the least recently used go when there are too many.
 
     Args:
         encode: makes the examples of (client id, split).
-        limit: bytes kept, over all clients.
+        limit: tokens kept, over all clients; a token takes 16 bytes.
     """
 
-    def __init__(self, encode: Callable[[str, str], list[Example]], limit: int = 1 << 30) -> None:
+    def __init__(self, encode: Callable[[str, str], list[Example]], limit: int = 20_000_000) -> None:
         self._encode = encode
         self._limit = limit
-        self._held: OrderedDict[tuple[str, str], Split] = OrderedDict()
-        self._sizes: dict[tuple[str, str], int] = {}
-        self._total = 0
+        self._held: OrderedDict[tuple[str, str], list[Example]] = OrderedDict()
+        self._tokens = 0
 
-    def __call__(self, client: str, split: str) -> Split:
+    def __call__(self, client: str, split: str) -> list[Example]:
         """The examples of a client's split."""
         key = (client, split)
         if key not in self._held:
-            self._held[key] = Split(self._encode(client, split))
+            self._held[key] = self._encode(client, split)
+            self._tokens += sum(map(len, self._held[key]))
+            while self._tokens > self._limit and len(self._held) > 1:
+                _, gone = self._held.popitem(last=False)
+                self._tokens -= sum(map(len, gone))
         self._held.move_to_end(key)
         return self._held[key]
-
-    def settle(self, client: str, split: str) -> None:
-        """After work on a split: count what it holds now, and let the oldest splits go if that is too much."""
-        key = (client, split)
-        size = self._held[key].nbytes
-        self._total += size - self._sizes.get(key, 0)
-        self._sizes[key] = size
-        while self._total > self._limit and len(self._held) > 1:
-            gone, _ = self._held.popitem(last=False)
-            self._total -= self._sizes.pop(gone, 0)

@@ -18,8 +18,8 @@ from fedfm.core.method import Client
 from fedfm.core.plan import Members, Training
 from fedfm.errors import DataError
 from fedfm.spaces.space import Attached
-from fedfm.tasks.task import Batch, Losses, Task, TaskModel, collate
-from fedfm.train.batches import Encoded, Split, batches
+from fedfm.tasks.task import Batch, Example, Losses, Task, TaskModel, collate
+from fedfm.train.batches import Encoded, batches
 from fedfm.train.trunk import Trunk
 
 if TYPE_CHECKING:
@@ -42,6 +42,7 @@ class Trainer:
         task: loss and metrics.
         training: local training arguments.
         data: clients' rows.
+        trunk: frozen lower blocks whose output is kept, if there are any.
         seed: the run's seed.
         rounds: rounds of the run, for the learning-rate schedule.
         pulse: called with the number of optimizer steps done since the last call; may raise to stop the work.
@@ -55,6 +56,7 @@ class Trainer:
         training: Training,
         data: Members,
         *,
+        trunk: Trunk | None = None,
         seed: int = 0,
         rounds: int = 1,
         pulse: Callable[[int], None] = _no_pulse,
@@ -72,7 +74,7 @@ class Trainer:
         body, head = (attrgetter(split.body), attrgetter(split.head)) if split else (None, None)
         self.model = TaskModel(loaded.model, body and body(loaded.model), head and head(loaded.model))
         self.encoded = Encoded(lambda client, part: task.encode(data.rows(client, part), loaded))
-        self.trunk = Trunk.below(loaded, space) if training.cache_frozen_blocks else None
+        self.trunk = trunk
         self._pad = loaded.tokenizer.pad_token_id
 
     def learning_rate(self, round: int) -> float:
@@ -90,8 +92,7 @@ class Trainer:
     def fit(self, job: Fit, client: Client) -> Fitted:
         """Gradient steps on the batch loss: the mean over supervised positions of the whole (accumulated) batch."""
         args = self.training
-        split = self.encoded(client.member.id, "train")
-        examples = split.examples
+        examples = self.encoded(client.member.id, "train")
         if not examples:
             raise DataError(
                 f"client {client.member.id!r} has no training example from which there is something to learn"
@@ -105,7 +106,7 @@ class Trainer:
         steps = job.max_steps or args.steps(len(examples))
         names = (client.round, client.member.id, job.purpose)
         order = batches(
-            [len(e) for e in examples],
+            list(map(len, examples)),
             args.per_device_train_batch_size,
             seeds.generator(self.seed, *names, "batches"),
             args.group_by_length,
@@ -115,12 +116,11 @@ class Trainer:
         with torch.random.fork_rng(devices=self._cuda()):
             torch.manual_seed(seeds.derive(self.seed, *names, "dropout"))
             for _ in range(steps):
-                group = [
-                    (chunk, self._batch(split, chunk)) for chunk in islice(order, args.gradient_accumulation_steps)
-                ]
-                supervised = sum(self._supervised(batch.target) for _, batch in group)
-                for k, (chunk, batch) in enumerate(group):
-                    loss = self._losses(split, chunk, batch).total.sum() / supervised
+                group = [[examples[i] for i in chunk] for chunk in islice(order, args.gradient_accumulation_steps)]
+                batched = [collate(chunk, self._pad, self.device) for chunk in group]
+                supervised = sum(self._supervised(batch.target) for batch in batched)
+                for k, (chunk, batch) in enumerate(zip(group, batched, strict=True)):
+                    loss = self._losses(chunk, batch).total.sum() / supervised
                     loss_sum += loss.detach().double().cpu()
                     for term in job.terms if k == 0 else ():
                         loss = loss + term(chosen, start)
@@ -131,38 +131,37 @@ class Trainer:
                 optimizer.step()
                 optimizer.zero_grad(set_to_none=True)
                 self.pulse(1)
-        self.encoded.settle(client.member.id, "train")
         return Fitted(self.space.read(), steps, seen, float(loss_sum) / steps)
 
     @answer.register
     def score(self, job: Loss, client: Client) -> Scores:
         """Losses of every example of the split, in the order of the split."""
-        split = self.encoded(client.member.id, job.split)
-        total, count = torch.zeros(len(split)), torch.zeros(len(split), dtype=torch.long)
+        examples = self.encoded(client.member.id, job.split)
+        total, count = torch.zeros(len(examples)), torch.zeros(len(examples), dtype=torch.long)
         tallies = []
         self.space.load(job.tensors)
         self._mode(training=False)
-        for chunk in self._chunks(split):
+        for chunk in self._chunks(examples):
+            chosen = [examples[i] for i in chunk]
             with torch.no_grad():
-                losses = self._losses(split, chunk, self._batch(split, chunk))
+                losses = self._losses(chosen, collate(chosen, self._pad, self.device))
             total[chunk] = losses.total.float().cpu()
             count[chunk] = losses.count.cpu()
             tallies.append({name: tensor.cpu() for name, tensor in losses.tally.items()})
             self.pulse(0)
-        self.encoded.settle(client.member.id, job.split)
         return Scores(total, count, trees.total(tallies))
 
     @answer.register
     def features(self, job: Features, client: Client) -> torch.Tensor:
         """Mean over each example's real tokens of the last hidden state, ``[N, D]``."""
-        split = self.encoded(client.member.id, job.split)
+        examples = self.encoded(client.member.id, job.split)
         backbone = self.loaded.model.base_model
         self.space.load(job.tensors)
         self._mode(training=False)
-        rows: list[torch.Tensor] = [torch.empty(0)] * len(split)
+        rows: list[torch.Tensor] = [torch.empty(0)] * len(examples)
         with torch.no_grad(), self._autocast():
-            for chunk in self._chunks(split):
-                batch = self._batch(split, chunk)
+            for chunk in self._chunks(examples):
+                batch = collate([examples[i] for i in chunk], self._pad, self.device)
                 hidden = backbone(input_ids=batch.input_ids, attention_mask=batch.mask).last_hidden_state  # [B, T, D]
                 mask = batch.mask[..., None]
                 pooled = (hidden * mask).sum(1).float() / mask.sum(1)
@@ -199,17 +198,14 @@ class Trainer:
         draw = seeds.generator(self.seed, client.round, client.member.id, "call", job.function.__qualname__)
         return job.function(self.data.rows(client.member.id, job.split), draw)
 
-    def _losses(self, split: Split, chunk: list[int], batch: Batch) -> Losses:
+    def _losses(self, examples: list[Example], batch: Batch) -> Losses:
         """The task's losses, from the lowest tuned block on where what enters it is kept."""
-        with self._autocast(), self.trunk.skipped(self.trunk.of(split, chunk)) if self.trunk else nullcontext():
+        with self._autocast(), self.trunk.skipped(self.trunk.of(examples)) if self.trunk else nullcontext():
             return self.task.losses(self.model, batch)
 
-    def _batch(self, split: Split, chunk: list[int]) -> Batch:
-        return collate([split.examples[i] for i in chunk], self._pad, self.device)
-
-    def _chunks(self, split: Split) -> list[list[int]]:
+    def _chunks(self, examples: list[Example]) -> list[list[int]]:
         """Indices in batches of similar length."""
-        order = sorted(range(len(split)), key=lambda i: len(split.examples[i]))
+        order = sorted(range(len(examples)), key=lambda i: len(examples[i]))
         size = self.training.per_device_eval_batch_size
         return [order[at : at + size] for at in range(0, len(order), size)]
 

@@ -7,6 +7,7 @@ an example is seen and kept. Training and scoring then cost only the blocks from
 from __future__ import annotations
 
 import re
+from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from operator import attrgetter
@@ -16,8 +17,7 @@ import torch
 from torch import nn
 
 from fedfm.spaces.space import Attached
-from fedfm.tasks.task import collate
-from fedfm.train.batches import Split
+from fedfm.tasks.task import Example
 
 if TYPE_CHECKING:
     from fedfm.models import Loaded
@@ -50,12 +50,15 @@ class Trunk:
         loaded: the model.
         first: index of the lowest tuned block.
         tuples: whether blocks return tuples.
+        limit: bytes kept; the examples used longest ago go first.
     """
 
-    def __init__(self, loaded: Loaded, first: int, tuples: bool) -> None:
+    def __init__(self, loaded: Loaded, first: int, tuples: bool, limit: int = 1 << 30) -> None:
         path, _, self._name = loaded.architecture.blocks.rpartition(".")
         self._model = loaded.model
-        self._pad = loaded.tokenizer.pad_token_id
+        self._limit = limit
+        self._bytes = 0
+        self._held: OrderedDict[tuple[bytes, bool], torch.Tensor] = OrderedDict()
         self._parent = attrgetter(path)(loaded.model) if path else loaded.model
         self._blocks: nn.ModuleList = getattr(self._parent, self._name)
         self._entry = self._blocks[first]
@@ -97,19 +100,27 @@ class Trunk:
                     return trunk
         return None
 
-    def of(self, split: Split, chosen: Sequence[int]) -> torch.Tensor:
-        """What enters the lowest tuned block for some examples of a split, padded with zeros, ``[B, T, D]``.
+    def of(self, examples: Sequence[Example]) -> torch.Tensor:
+        """What enters the lowest tuned block for these examples, padded with zeros at the end, ``[B, T, D]``.
 
-        Missing ones are computed in groups that depend on the split alone, so that a resumed run has the same bits.
+        Each example goes through the trunk alone, so that its numbers depend on nothing else: not on its neighbours,
+        and not on whether the run was resumed.
         """
-        for position in {split.group_of[i] for i in chosen if i not in split.hidden}:
-            group = split.groups[position]
-            batch = collate([split.examples[i] for i in group], self._pad, next(self._model.parameters()).device)
+        return nn.utils.rnn.pad_sequence([self._one(example) for example in examples], batch_first=True)
+
+    def _one(self, example: Example) -> torch.Tensor:
+        """``[T, D]`` of one example, from memory if it is there."""
+        device = next(self._model.parameters()).device
+        key = (example.input_ids.numpy().tobytes(), torch.is_autocast_enabled(device.type))
+        if key not in self._held:
             with torch.no_grad():
-                hidden = self._hidden(batch.input_ids)
-            for i, row in zip(group, hidden, strict=True):
-                split.hidden[i] = row[: len(split.examples[i])].clone()
-        return nn.utils.rnn.pad_sequence([split.hidden[i] for i in chosen], batch_first=True)
+                hidden = self._hidden(example.input_ids[None].to(device))[0].clone()
+            self._held[key] = hidden
+            self._bytes += hidden.nbytes
+            while self._bytes > self._limit and len(self._held) > 1:
+                self._bytes -= self._held.popitem(last=False)[1].nbytes
+        self._held.move_to_end(key)
+        return self._held[key]
 
     @contextmanager
     def skipped(self, hidden: torch.Tensor) -> Iterator[None]:
