@@ -180,6 +180,14 @@ def test_a_list_item_is_named_by_its_index() -> None:
     assert text.startswith("space.layers_to_transform.1 should be a valid integer")
 
 
+def test_branches_of_a_union_are_not_part_of_the_key() -> None:
+    text = refused("spaces", {"kind": "lora", "target_modules": 5}, "space")
+    findings = text.removesuffix(".").split("; ")
+    assert len(findings) == 2  # a tuple or a string
+    assert all(finding.startswith("space.target_modules should be a valid ") for finding in findings)
+    assert all(finding.endswith(", but is 5") for finding in findings)
+
+
 def test_a_value_that_the_part_itself_refuses_keeps_its_words() -> None:
     assert refused("spaces", {"kind": "lora", "r": 0}) == "space.r, the rank, must be at least 1, but is 0."
     assert refused("sample", {"kind": "poisson", "rate": 2}).startswith("sampler.rate must be above 0")
@@ -190,6 +198,12 @@ def test_a_value_that_the_part_itself_refuses_keeps_its_words() -> None:
     [
         ("no_such_module_at_all:X", "cannot be imported: No module named 'no_such_module_at_all'"),
         (f"{__name__}:Nosuch", "cannot be imported: module"),
+        (":X", "cannot be imported: "),
+        (".x:X", "cannot be imported: "),
+        ("a..b:X", "cannot be imported: "),
+        ("json:", "cannot be imported: "),
+        ("json:JSONDecoder.decode", "cannot be imported: "),
+        (":", "cannot be imported: "),
         (f"{__name__}:NotADataclass", "which is not a dataclass"),
         (f"{__name__}:refused", "which is not a dataclass"),
     ],

@@ -18,7 +18,7 @@ from fedfm.core.jobs import Generate
 from fedfm.core.method import State
 from fedfm.core.update import Member, Tensors
 from fedfm.data import Population, Splits, federate
-from fedfm.errors import RecipeError
+from fedfm.errors import DataError, RecipeError
 from fedfm.federation import Federation, Outcome
 from fedfm.observe.observer import Observer
 from fedfm.recipe import Recipe
@@ -68,6 +68,11 @@ class Experiment:
             "device": device(section.device),
         }
         if task.head == "sequence_classification":
+            if self.population.label_names is None:
+                raise DataError(
+                    f"task {task.id!r} needs classes in the column label: names or whole numbers, but the data has "
+                    "other values there. Map another column with data.source.columns: {label: ...}."
+                )
             arguments |= {"label_names": self.population.label_names}
         return Federation(section.name, members=self.population, load=arguments, **self._built)
 
@@ -146,8 +151,8 @@ class Experiment:
                 f"cannot resume: the data are not those of the run in {folder.path}. Restore them, or start a new run "
                 "in another output_dir."
             )
-        write_bytes(folder.path / "recipe.yaml", self.recipe.to_yaml().encode())
         write_json(place, {"summary": self.population.summary(), "manifest": manifest})
+        write_bytes(folder.path / "recipe.yaml", self.recipe.to_yaml().encode())
 
     def results(self, folder: RunFolder, outcomes: Mapping[str, Outcome]) -> dict[str, Any]:
         """The comparison of all runs on the clients' test splits, with samples and totals."""

@@ -105,6 +105,26 @@ def test_an_error_of_the_method_is_wrapped_too() -> None:
     assert isinstance(caught.value.__cause__, ZeroDivisionError)
 
 
+def test_between_jobs_no_job_is_named() -> None:
+    class Careless(Method):
+        def local(self, client: Client, message: Tensors) -> Work:
+            yield Call()
+            raise ValueError("after the answer")
+
+    with pytest.raises(ClientError, match="task 'local', job none: ValueError: after the answer") as caught:
+        work(Careless(), "local", view(), {}, lambda job, client: 1)
+    assert caught.value.job is None
+
+
+def test_a_stray_stop_iteration_of_a_trainer_is_an_error_and_no_return() -> None:
+    def answer(job: Job, client: View) -> Any:
+        return next(iter(()))
+
+    with pytest.raises(ClientError, match="job Call: StopIteration") as caught:
+        work(Two(), "local", view(), {}, answer)
+    assert isinstance(caught.value.__cause__, StopIteration)
+
+
 def test_an_unknown_task_is_named() -> None:
     with pytest.raises(ClientError, match="task 'nosuch', job none: AttributeError"):
         work(Two(), "nosuch", view(), {}, lambda job, client: None)

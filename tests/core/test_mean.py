@@ -123,24 +123,23 @@ def test_float64_stays_float64() -> None:
     assert result.tensors["w"].item() - 1.0 == pytest.approx(tiny, rel=1e-3)
 
 
-def test_updates_are_let_go_as_they_arrive() -> None:
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.int64])
+def test_each_update_is_let_go_before_the_next_is_asked_for(dtype: torch.dtype) -> None:
     seen: list[weakref.ref[torch.Tensor]] = []
 
     def stream() -> Iterator[Update]:
-        for i in range(6):
+        for i in range(7):
             gc.collect()
-            # The one that was just added may still be bound; none before it is.
             alive = [j for j, ref in enumerate(seen) if ref() is not None]
-            assert all(j == i - 1 for j in alive), f"when update {i} was asked for, {alive} were still alive"
-            tensor = torch.full((10,), float(i))
+            assert alive == [], f"when update {i} was asked for, {alive} were still alive"
+            tensor = torch.full((10,), float(i), dtype=dtype)
             seen.append(weakref.ref(tensor))
-            update = Update({"w": tensor})
+            box = [Update({"w": tensor})]
             del tensor
-            yield update
-            del update
+            yield box.pop()  # no name here holds it any longer
 
-    # (0 + 1 + ... + 5) / 6 = 2.5
-    assert mean(stream()).tensors["w"].tolist() == pytest.approx([2.5] * 10)
+    # (0 + 1 + ... + 6) / 7 = 3
+    assert mean(stream()).tensors["w"].tolist() == pytest.approx([3] * 10)
     gc.collect()
     assert not any(ref() is not None for ref in seen)
 
@@ -170,7 +169,7 @@ def test_nobody() -> None:
 def test_other_names_are_refused_and_their_sender_is_named(names: tuple[str, ...]) -> None:
     first = Update({"a": torch.ones(1), "b": torch.ones(1)}, member="ann")
     second = Update({n: torch.ones(1) for n in names}, member="bob")
-    with pytest.raises(BadUpdate, match="'bob' sent other names than the clients before it"):
+    with pytest.raises(BadUpdate, match="'bob' sent other names or shapes than the clients before it"):
         mean([first, second])
 
 
@@ -190,3 +189,40 @@ def test_updates_without_tensors_still_count() -> None:
     result = mean([Update({}, weight=2), Update({}, weight=3)])
     assert result.tensors == {}
     assert result.weight == 5
+
+
+@pytest.mark.parametrize("shape", [(1,), (3,), (2, 1), ()])
+def test_other_shapes_are_refused_even_those_that_would_broadcast(shape: tuple[int, ...]) -> None:
+    first = Update({"a": torch.ones(2)}, member="ann")
+    second = Update({"a": torch.zeros(shape)}, member="bob")
+    with pytest.raises(BadUpdate, match="'bob' sent other names or shapes than the clients before it"):
+        mean([first, second])
+
+
+def test_who_weighs_nothing_changes_nothing() -> None:
+    nothing = Update({"other": torch.full((3,), float("nan"))}, weight=0.0, kind=Kind.KNOWLEDGE, member="nobody")
+    one, other = Update({"w": torch.tensor([2.0])}, weight=1), Update({"w": torch.tensor([5.0])}, weight=2)
+    for updates in ([nothing, one, other], [one, nothing, other], [one, other, nothing]):
+        result = mean(updates)
+        assert result.tensors["w"].tolist() == [4.0]  # (1 * 2 + 2 * 5) / 3
+        assert (result.weight, result.kind) == (3.0, Kind.DELTA)
+    with pytest.raises(NoUpdates, match="nobody's update could be used"):
+        mean([nothing, nothing])
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2, torch.int64, torch.int8, torch.uint8])
+def test_float8_and_integers_are_averaged_in_float32(dtype: torch.dtype) -> None:
+    # (1 * [0, 4] + 3 * [4, 8]) / 4 = [3, 7]; all of these are exact in every type.
+    updates = [Update({"w": torch.tensor(x).to(dtype)}, weight=n) for x, n in (([0.0, 4.0], 1), ([4.0, 8.0], 3))]
+    result = mean(updates).tensors["w"]
+    assert result.dtype == dtype
+    assert result.float().tolist() == [3.0, 7.0]
+    assert updates[0].tensors["w"].float().tolist() == [0.0, 4.0]
+
+
+def test_narrow_and_wide_updates_may_meet_and_the_first_decides() -> None:
+    narrow, wide = Update({"w": torch.ones(1, dtype=torch.bfloat16)}), Update({"w": torch.full((1,), 3.0)})
+    for updates in ([narrow, wide], [wide, narrow]):
+        result = mean(updates).tensors["w"]
+        assert result.dtype == updates[0].tensors["w"].dtype
+        assert result.tolist() == [2.0]

@@ -54,9 +54,18 @@ def test_more_examples_never_mean_fewer_steps() -> None:
             {"max_steps": -5},
             "training.max_steps must be at least 1, or -1 to train num_train_epochs; it is -5.",
         ),
-        ({"num_train_epochs": 0.0}, "training.num_train_epochs must be above 0, but is 0.0."),
-        ({"learning_rate": 0.0}, "training.learning_rate must be above 0, but is 0.0."),
-        ({"learning_rate": -1e-4}, "training.learning_rate must be above 0, but is -0.0001."),
+        ({"num_train_epochs": 0.0}, "training.num_train_epochs must be above 0 and finite, but is 0.0."),
+        ({"learning_rate": 0.0}, "training.learning_rate must be above 0 and finite, but is 0.0."),
+        ({"learning_rate": -1e-4}, "training.learning_rate must be above 0 and finite, but is -0.0001."),
+        ({"weight_decay": -0.5}, "training.weight_decay must be at least 0 and finite, but is -0.5."),
+        ({"max_grad_norm": -1.0}, "training.max_grad_norm must be at least 0 and finite, but is -1.0."),
+        ({"adam_epsilon": -1e-8}, "training.adam_epsilon must be at least 0 and finite, but is -1e-08."),
+        ({"adam_beta1": 1.0}, "training.adam_beta1 must be at least 0 and below 1, but is 1.0."),
+        ({"adam_beta2": -0.1}, "training.adam_beta2 must be at least 0 and below 1, but is -0.1."),
+        (
+            {"max_steps": 3, "num_train_epochs": 0.0},  # also where steps decide
+            "training.num_train_epochs must be above 0 and finite, but is 0.0.",
+        ),
     ],
 )
 def test_what_cannot_be_used_is_refused_by_name(settings: dict[str, Any], message: str) -> None:
@@ -65,8 +74,28 @@ def test_what_cannot_be_used_is_refused_by_name(settings: dict[str, Any], messag
     assert str(caught.value) == message
 
 
-def test_epochs_do_not_matter_when_steps_are_given() -> None:
-    assert Training(max_steps=3, num_train_epochs=0.0).steps(100) == 3
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "num_train_epochs",
+        "learning_rate",
+        "weight_decay",
+        "max_grad_norm",
+        "adam_epsilon",
+        "adam_beta1",
+        "adam_beta2",
+    ],
+)
+def test_what_is_not_finite_is_refused(name: str, value: float) -> None:
+    with pytest.raises(RecipeError, match=rf"^training\.{name} must be .*, but is {value}\.$"):
+        Training(**{name: value})  # type: ignore[arg-type]
+
+
+def test_the_ends_of_each_range_are_allowed() -> None:
+    edge = Training(weight_decay=0.0, max_grad_norm=0.0, adam_epsilon=0.0, adam_beta1=0.0, adam_beta2=0.0)
+    assert edge.steps(8) == 1
+    assert Training(learning_rate=5e-324, num_train_epochs=5e-324).steps(100) == 1
 
 
 def test_it_cannot_be_changed_behind_the_back_of_a_run() -> None:

@@ -83,3 +83,14 @@ def test_the_global_generators_are_neither_read_nor_moved() -> None:
     np.random.seed(2)
     assert torch.equal(torch.rand(2, generator=seeds.generator(0, "x")), drawn[0])
     assert np.array_equal(seeds.numpy_generator(0, "x").random(2), drawn[1])
+
+
+def test_numbers_of_numpy_and_numbers_of_python_are_one_name() -> None:
+    for kind in (np.int64, np.int32, np.uint8):
+        assert seeds.derive(0, kind(1), "x") == seeds.derive(0, 1, "x")
+        assert seeds.derive(kind(3), "x") == seeds.derive(3, "x")
+
+
+def test_a_name_may_be_any_text() -> None:
+    odd = ["", "\udc80", "\udc81", "größe", "\0"]
+    assert len({seeds.derive(0, name) for name in odd}) == len(odd)

@@ -168,6 +168,22 @@ def test_a_method_whose_own_need_is_broken_names_itself_and_the_taker() -> None:
     )
 
 
+def test_without_advice_a_broken_method_stays_and_the_taker_goes() -> None:
+    class Bitten(Method):
+        needs: ClassVar[Traits] = frozenset({Trait.DENSE})
+
+    assert message(Bitten(), TopK()) == (
+        "Bitten needs DENSE (no client leaves out coordinates of its own choice), which TopK takes away. "
+        "Leave TopK out."
+    )
+
+    # The taker's own advice is better than leaving it out.
+    class Watched(Method):
+        needs: ClassVar[Traits] = frozenset({Trait.VISIBLE})
+
+    assert message(Watched(), SecAgg()).endswith("which SecAgg takes away. Use a norm bound in place of the screen.")
+
+
 def test_a_method_may_need_what_a_part_gives() -> None:
     class Equal(Method):
         needs: ClassVar[Traits] = frozenset({Trait.UNIFORM})

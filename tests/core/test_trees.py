@@ -93,7 +93,7 @@ def test_norm_is_that_of_all_tensors_as_one_vector() -> None:
     assert trees.norm({"a": torch.zeros(3)}) == 0.0
 
 
-def test_norm_of_narrow_tensors_is_accumulated_in_float32() -> None:
+def test_norm_of_narrow_tensors_is_accumulated_in_something_wider() -> None:
     # bfloat16 has 8 bits: 4096 additions of 1 in it would stop at 256, so the norm at 16 instead of 64.
     assert trees.norm({"a": torch.ones(4096, dtype=torch.bfloat16)}) == 64.0
     # 300^2 is more than float16 can hold (65504).
@@ -106,6 +106,51 @@ def test_norm_of_narrow_tensors_is_accumulated_in_float32() -> None:
 def test_norm_of_float64_and_float32_together() -> None:
     tree = {"a": torch.tensor([3.0]), "b": torch.tensor([4.0], dtype=torch.float64)}
     assert trees.norm(tree) == pytest.approx(5.0)
+
+
+def test_norm_is_accumulated_in_float64() -> None:
+    # In float32 a square of 1e30 overflows, one of 1e-30 vanishes, and 1 + 2^-26 is 1.
+    assert trees.norm({"a": torch.full((4,), 1e30)}) == pytest.approx(2e30, rel=1e-6)
+    assert trees.norm({"a": torch.full((4,), 1e-30)}) == pytest.approx(2e-30, rel=1e-6)
+    assert trees.norm({"a": torch.ones(1), "b": torch.tensor(2.0**-13)}) == (1 + 2.0**-26) ** 0.5 > 1
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.int64, torch.int8, torch.bool])
+def test_norm_of_types_that_know_no_arithmetic(dtype: torch.dtype) -> None:
+    values = torch.tensor([1, 1, 0, 1, 1] if dtype is torch.bool else [0, 0, 2, 0, 0])
+    assert trees.norm({"a": values.to(dtype)}) == 2.0
+
+
+def test_wide_is_the_tensor_itself_where_it_is_wide_enough() -> None:
+    for dtype in (torch.float32, torch.float64):
+        tensor = torch.ones(2, dtype=dtype)
+        assert trees.wide(tensor) is tensor
+    for dtype in (torch.float16, torch.bfloat16, torch.float8_e5m2, torch.int32, torch.bool):
+        assert trees.wide(torch.ones(2).to(dtype)).dtype == torch.float32
+
+
+def test_unshared_tensors_are_contiguous_and_share_nothing_and_nothing_is_copied_without_need() -> None:
+    base, alone = torch.arange(12.0).view(3, 4), torch.ones(5)
+    tree = {
+        "base": base,
+        "again": base,
+        "row": base[1],
+        "turned": base.T,
+        "alone": alone,
+        "none": torch.zeros(0),
+        "none too": torch.zeros(0, 3),
+        "gradient": torch.ones(2, requires_grad=True),
+    }
+    result = trees.unshared(tree)
+    assert list(result) == list(tree)
+    for name, tensor in tree.items():
+        assert torch.equal(result[name], tensor)
+        assert result[name].is_contiguous()
+        assert not result[name].requires_grad
+    places = [tensor.untyped_storage().data_ptr() for tensor in result.values() if tensor.numel()]
+    assert len(set(places)) == len(places)
+    assert result["base"].data_ptr() == base.data_ptr()
+    assert result["alone"].data_ptr() == alone.data_ptr()
 
 
 def test_norm_shows_what_is_not_finite() -> None:

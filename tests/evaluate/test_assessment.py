@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from typing import Any, cast
 
 import pytest
@@ -141,3 +142,19 @@ def test_settings_that_score_nobody_are_refused(settings: dict[str, Any]) -> Non
 
 def test_never_and_each_round_are_allowed() -> None:
     assert (Evaluation(every=0).every, Evaluation().every, Evaluation(max_clients=1).max_clients) == (0, 1, 1)
+
+
+@pytest.mark.parametrize("at", [0, 1, 2])
+def test_a_client_whose_loss_is_no_number_is_among_the_worst_wherever_it_answers(at: int) -> None:
+    updates = [answer("ann", 1, 1.0), answer("bob", 1, 3.0)]
+    updates.insert(at, answer("nan", 1, float("nan")))
+    result = scored(*updates)
+    assert math.isnan(result.worst_decile)
+    assert result.to_json()["worst_decile"] is None
+    assert result.clients["bob"]["loss"] == 3.0
+
+
+def test_a_loss_that_is_infinite_is_among_the_worst() -> None:
+    updates = [answer(f"c{i}", 1, float(i)) for i in range(1, 11)] + [answer("inf", 1, float("inf"))]
+    assert scored(*updates).worst_decile == float("inf")
+    assert scored(*updates[::-1]).worst_decile == float("inf")

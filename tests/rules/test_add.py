@@ -53,8 +53,8 @@ def test_a_change_of_unknown_names_is_refused() -> None:
         Add()({"w": torch.ones(1)}, {"x": torch.ones(1)}, {})
 
 
-@pytest.mark.parametrize("rate", [0.0, -1.0])
-def test_a_rate_that_learns_nothing_is_refused(rate: float) -> None:
+@pytest.mark.parametrize("rate", [0.0, -1.0, float("nan"), float("inf"), float("-inf")])
+def test_a_rate_that_learns_nothing_or_too_much_is_refused(rate: float) -> None:
     with pytest.raises(RecipeError) as caught:
         Add(rate)
-    assert str(caught.value) == f"rule.learning_rate must be above 0, but is {rate}."
+    assert str(caught.value) == f"rule.learning_rate must be above 0 and finite, but is {rate}."

@@ -99,10 +99,36 @@ def test_transposed_and_differentiable_tensors_can_be_stored(tmp_path: Path) -> 
     assert not found[1].weights["g"].requires_grad
 
 
+def test_tensors_that_share_memory_can_be_stored(tmp_path: Path) -> None:
+    w = torch.arange(4.0)
+    Checkpoints(tmp_path).write(1, State({"w": w, "again": w, "half": w[:2]}, {"anchor": {"w": w}}), {})
+    found = Checkpoints(tmp_path).read(State)
+    assert found is not None
+    _, state, _ = found
+    for tensor in (state.weights["w"], state.weights["again"], state.memory["anchor"]["w"]):
+        assert tensor.tolist() == [0.0, 1.0, 2.0, 3.0]
+    assert state.weights["half"].tolist() == [0.0, 1.0]
+
+
+def test_keys_with_slashes_do_not_meet(tmp_path: Path) -> None:
+    memory = {"a/b": torch.zeros(1), "a": {"b": torch.ones(1)}, "": {"": torch.tensor([2.0])}}
+    Checkpoints(tmp_path).write(1, State({}, memory), {})
+    found = Checkpoints(tmp_path).read(State)
+    assert found is not None
+    same(found[1].memory, memory)
+
+
+def test_tensors_are_numbered_by_where_they_stand() -> None:
+    tensors: dict[str, torch.Tensor] = {}
+    stored = flatten({"a": torch.ones(1), "b": [torch.zeros(1)]}, tensors, "weights")
+    assert list(tensors) == ["0:weights/a", "1:weights/b/0"]
+    assert stored == {"a": {"$tensor": "0:weights/a"}, "b": {"$tuple": [{"$tensor": "1:weights/b/0"}]}}
+
+
 def test_lists_come_back_as_tuples() -> None:
     tensors: dict[str, torch.Tensor] = {}
     stored = flatten([1, [torch.ones(1)]], tensors, "x")
-    assert list(tensors) == ["x/1/0"]
+    assert list(tensors) == ["0:x/1/0"]
     assert restore(json.loads(json.dumps(stored)), tensors) == (1, (torch.ones(1),))
 
 
@@ -115,6 +141,10 @@ def test_lists_come_back_as_tuples() -> None:
         ),
         ((0, b"raw"), "the state has a bytes at x/1; only tensors"),
         (object(), "the state has a object at x; only tensors"),
+        ({"a": {3: 1.0}}, "the state has the key 3 at x/a; keys must be text without $"),
+        ({None: 1.0}, "the state has the key None at x; keys must be text without $"),
+        ({"$tensor": "0:w"}, "the state has the key '$tensor' at x; keys must be text without $"),
+        (({"$tuple": []},), "the state has the key '$tuple' at x/0; keys must be text without $"),
     ],
 )
 def test_what_cannot_be_stored_is_named_with_its_place(value: Any, message: str) -> None:
@@ -220,6 +250,8 @@ def test_a_full_disk_says_what_to_do_and_keeps_the_old_one(tmp_path: Path, monke
         ("state.json", b"[]"),
         ("state.json", b'{"round": 2, "state": {"weights": {"w": {"$tensor": "nosuch"}}}, "extra": {}}'),
         ("state.json", b'{"round": 2, "state": {"nosuch": 1}, "extra": {}}'),
+        ("state.json", b'{"round": 2, "state": [], "extra": {}}'),
+        ("state.json", b'\xff\xfe{"round": 2}'),
         ("state.safetensors", b""),
         ("state.safetensors", b"\xff" * 100),
         ("state.safetensors", None),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -133,6 +134,12 @@ NAMES = [
     "客" * 100,
     "客" * 99 + "户",
     "." * 100,
+    "",
+    "%",
+    "%25",
+    "\udc80",
+    "\udc81",
+    "\udc80" * 100,
 ]
 
 
@@ -158,7 +165,20 @@ def test_the_longest_readable_name_and_the_first_shortened_one() -> None:
     assert safe_name("x" * 200) == "x" * 200
     short = safe_name("x" * 201)
     assert short.startswith("x" * 120)
-    assert len(short) == 120 + 1 + 64  # the beginning, a mark, a SHA-256
+    assert len(short) == 120 + 1 + 64 + 1  # the beginning, a mark, a SHA-256, a mark
+    assert short == f"{'x' * 120}%{sha256(b'x' * 201).hexdigest()}%"
+
+
+def test_the_empty_name_has_a_file_too() -> None:
+    assert safe_name("") == f"%{sha256(b'').hexdigest()}%"
+
+
+def test_nobody_can_choose_a_name_that_is_another_ones_shortened_form() -> None:
+    for victim in ("a" * 300, "客" * 100, ""):
+        beginning, digest = safe_name(victim)[:120], sha256(victim.encode()).hexdigest()
+        guesses = [f"{beginning}{mark}{digest}{end}" for mark in ("-", "%", "%25", "") for end in ("", "%", "%25")]
+        for guess in (*guesses, safe_name(victim), f"%{digest}%"):
+            assert safe_name(guess) != safe_name(victim)
 
 
 def test_a_folder_can_be_synced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -95,6 +95,19 @@ def test_a_torn_last_line_is_not_read_and_rewind_removes_it(opened: Callable[...
     assert folder.records() == [{"round": 0}, {"round": 1}, {"round": 2, "whole": True}]
 
 
+@pytest.mark.parametrize("damage", ['{"round": 0}\n{"ro{"round": 1}\n', "\0\0\0\n", '{"round": 0}\n\n{"round": 1}\n'])
+def test_a_damaged_whole_line_says_which_file_and_what_to_do(opened: Callable[..., RunFolder], damage: str) -> None:
+    folder = opened()
+    path = folder.path / "metrics.jsonl"
+    path.write_text(damage)
+    for read in (folder.records, lambda: folder.rewind(0)):
+        with pytest.raises(StoreError) as caught:
+            read()
+        assert str(caught.value).startswith(f"{path} is damaged: ")
+        assert str(caught.value).endswith("Start a new run in another output_dir.")
+    assert path.read_text() == damage
+
+
 def test_rewind_of_a_run_without_records(opened: Callable[..., RunFolder]) -> None:
     folder = opened()
     folder.rewind(0)
@@ -162,8 +175,66 @@ def test_a_folder_of_other_files_is_never_touched(
     (path / "thesis.tex").write_text("years of work")
     with pytest.raises(StoreError) as caught:
         opened(overwrite=overwrite)
-    assert str(caught.value) == f"{path} holds other files. Please choose another output_dir."
+    assert str(caught.value) == (
+        f"{path} holds files that are not of a run, such as thesis.tex. Choose another output_dir."
+    )
     assert (path / "thesis.tex").read_text() == "years of work"
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_one_foreign_file_beside_an_earlier_run_protects_both(
+    opened: Callable[..., RunFolder], tmp_path: Path, overwrite: bool
+) -> None:
+    path = tmp_path / "run"
+    earlier_run(path)
+    (path / "notes").mkdir()
+    (path / "notes" / "thesis.tex").write_text("years of work")
+    for _ in range(2):  # the refusal holds no lock
+        with pytest.raises(StoreError, match="holds files that are not of a run, such as notes"):
+            opened(overwrite=overwrite)
+    assert names(path) == ["checkpoints", "metrics.jsonl", "notes", "recipe.yaml"]
+    assert (path / "notes" / "thesis.tex").read_text() == "years of work"
+
+
+def test_a_recipe_alone_is_no_earlier_run(opened: Callable[..., RunFolder], tmp_path: Path) -> None:
+    # A user may keep a recipe, or a model under final/, in the folder where the output is aimed at.
+    path = tmp_path / "run"
+    (path / "final").mkdir(parents=True)
+    (path / "recipe.yaml").write_text("output_dir: .")
+    with pytest.raises(StoreError, match="holds files that are not of a run, such as"):
+        opened(overwrite=True)
+    assert names(path) == ["final", "recipe.yaml"]
+
+
+@pytest.mark.parametrize("mark", ["metrics.jsonl", "status.json", "data.json"])
+def test_an_earlier_run_is_known_by_what_only_runs_write(
+    opened: Callable[..., RunFolder], tmp_path: Path, mark: str
+) -> None:
+    path = tmp_path / "run"
+    path.mkdir()
+    (path / mark).write_text("")
+    (path / "recipe.yaml").write_text("rounds: 3\n")
+    with pytest.raises(StoreError, match="holds an earlier run"):
+        opened()
+    assert names(opened(overwrite=True).path) == []
+
+
+def test_a_run_that_failed_before_its_first_round_can_be_replaced(opened: Callable[..., RunFolder]) -> None:
+    first = opened()
+    first.finish("failed", "no model")
+    first.close()
+    assert names(opened(overwrite=True).path) == []
+
+
+def test_what_a_whole_run_leaves_can_be_replaced(opened: Callable[..., RunFolder]) -> None:
+    own = ("checkpoints", "clients", "final", "references", "tensorboard")
+    first = opened()
+    for folder in own:
+        (first.path / folder / "deep").mkdir(parents=True)
+    for file in ("recipe.yaml", "data.json", "metrics.jsonl", "status.json", "results.json", "report.html"):
+        (first.path / file).write_text("{}\n")
+    first.close()
+    assert names(opened(overwrite=True).path) == []
 
 
 def test_an_empty_folder_and_one_with_only_a_lock_are_free(opened: Callable[..., RunFolder], tmp_path: Path) -> None:

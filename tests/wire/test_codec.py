@@ -89,6 +89,18 @@ def test_views_and_transposed_tensors_travel_as_what_they_show() -> None:
     assert codec.size(update) == len(data)
 
 
+def test_tensors_that_share_memory_travel_each_as_its_own() -> None:
+    base = torch.arange(6.0)
+    update = Update({"a": base, "b": base, "part": base[:3], "turned": base.view(2, 3).T, "none": base[:0]})
+    data = codec.encode(update)
+    assert codec.size(update) == len(data)
+    back = codec.decode(data, "x")
+    for name, tensor in update.tensors.items():
+        assert torch.equal(back.tensors[name], tensor)
+    back.tensors["a"].fill_(9.0)
+    assert back.tensors["b"].tolist() == base.tolist() == [0.0, 1.0, 2.0, 3.0, 4.0, 5.0]
+
+
 def test_metrics_that_are_not_finite_are_left_out() -> None:
     metrics = {"good": 1.0, "nan": float("nan"), "up": float("inf"), "down": float("-inf")}
     assert dict(codec.decode(codec.encode(Update({}, metrics=metrics)), "x").metrics) == {"good": 1.0}
@@ -148,6 +160,8 @@ def test_size_tells_shapes_and_types_apart() -> None:
         (headed(weight="many"), "could not convert string to float"),
         (headed(weight=None), "the bytes are not an update"),
         (headed(weight=[1]), "the bytes are not an update"),
+        (headed(weight=10**400), "the bytes are not an update"),  # an integer beyond float64
+        (headed(metrics={"a": 10**400}), "the bytes are not an update"),
         (headed(metrics=[1]), "the bytes are not an update"),
         (headed(metrics={"a": "x"}), "the bytes are not an update"),
         (headed(metrics={"a": {}}), "the bytes are not an update"),

@@ -34,7 +34,7 @@ class WeightedMean(Part):
             for name, tensor in update.tensors.items():
                 wide = trees.wide(tensor)
                 if name in mean:
-                    mean[name].lerp_(wide, share)
+                    mean[name].lerp_(wide.to(mean[name].dtype), share)
                 else:
                     mean[name] = wide.clone() if wide is tensor else wide
                     dtypes[name] = tensor.dtype

@@ -6,6 +6,7 @@ So a resumed run, a fused run and a distributed run draw the same numbers, and a
 from __future__ import annotations
 
 import hashlib
+import operator
 
 import numpy as np
 import torch
@@ -21,7 +22,7 @@ def derive(seed: int, *names: str | int) -> int:
     >>> derive(0, "sampler", 1) == derive(0, "sampler", 2)
     False
     """
-    plain = tuple(name if isinstance(name, str) else int(name) for name in (seed, *names))
+    plain = tuple(str(name) if isinstance(name, str) else operator.index(name) for name in (seed, *names))
     digest = hashlib.blake2b(repr(plain).encode(errors="surrogatepass"), digest_size=8).digest()
     return int.from_bytes(digest, "little") >> 1
 

@@ -57,7 +57,7 @@ def subtract(left: Tensors, right: Tensors) -> dict[str, torch.Tensor]:
 
 def scale(tensors: Tensors, factor: float) -> dict[str, torch.Tensor]:
     """``factor * tensors``."""
-    return {name: tensor * factor for name, tensor in tensors.items()}
+    return {name: (wide(tensor) * factor).to(tensor.dtype) for name, tensor in tensors.items()}
 
 
 def norm(tensors: Tensors) -> float:

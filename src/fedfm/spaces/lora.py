@@ -60,30 +60,28 @@ class LoRA(Space):
         from peft import LoraConfig, TaskType, get_peft_model, get_peft_model_state_dict
 
         targets = self.target_modules or loaded.architecture.target_modules
-        config = LoraConfig(
-            r=self.r,
-            lora_alpha=self.lora_alpha,  # type: ignore[arg-type]
-            lora_dropout=self.lora_dropout,
-            target_modules=targets if isinstance(targets, str) else list(targets),
-            use_rslora=self.use_rslora,
-            layers_to_transform=list(self.layers_to_transform) or None,
-            modules_to_save=list(dict.fromkeys([*self.modules_to_save, *loaded.new_modules])) or None,
-            task_type=TaskType.SEQ_CLS
-            if loaded.head == "sequence_classification"
-            else TaskType.CAUSAL_LM
-            if loaded.head == "causal_lm"
-            else None,
-        )
+        kinds = {"sequence_classification": TaskType.SEQ_CLS, "causal_lm": TaskType.CAUSAL_LM}
         with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
             warnings.filterwarnings("ignore", category=FutureWarning)
             warnings.filterwarnings("ignore", message="fan_in_fan_out")
             torch.manual_seed(seeds.derive(seed, "space"))
             try:
+                config = LoraConfig(
+                    r=self.r,
+                    lora_alpha=self.lora_alpha,  # type: ignore[arg-type]
+                    lora_dropout=self.lora_dropout,
+                    target_modules=targets if isinstance(targets, str) else list(targets),
+                    use_rslora=self.use_rslora,
+                    layers_to_transform=list(self.layers_to_transform) or None,
+                    modules_to_save=list(dict.fromkeys([*self.modules_to_save, *loaded.new_modules])) or None,
+                    task_type=kinds.get(loaded.head),
+                )
                 wrapped = get_peft_model(loaded.model, config)
             except ValueError as error:
                 raise ModelError(
-                    f"space.target_modules {targets!r} does not fit {loaded.name}: {str(error).splitlines()[0]} "
-                    f"Usual for it: {', '.join(loaded.architecture.target_modules)}."
+                    f"this LoRA space does not fit {loaded.name} (target_modules {targets!r}): "
+                    f"{str(error).splitlines()[0]} Usual targets for it: "
+                    f"{', '.join(loaded.architecture.target_modules)}."
                 ) from error
         wrapped.peft_config["default"].base_model_name_or_path = loaded.name
         parameters = {_public(name): p for name, p in wrapped.named_parameters() if p.requires_grad}

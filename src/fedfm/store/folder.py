@@ -75,10 +75,12 @@ class RunFolder:
     def records(self) -> list[dict[str, Any]]:
         """The whole lines of ``metrics.jsonl``."""
         path = self.path / "metrics.jsonl"
-        lines = path.read_text().split("\n")[:-1] if path.exists() else []
         try:
-            return [json.loads(line) for line in lines]
-        except ValueError as error:
+            lines = path.read_text().split("\n")[:-1] if path.exists() else []
+            records = [json.loads(line) for line in lines]
+            _ = [record["round"] for record in records]
+            return records
+        except (ValueError, TypeError, KeyError) as error:
             raise StoreError(f"{path} is damaged: {error}. Start a new run in another output_dir.") from error
 
     def rewind(self, round: int) -> None:
@@ -114,7 +116,7 @@ class RunFolder:
         if not present:
             return
         # Only what runs write is ever removed: a run folder may have been aimed at a folder of somebody's work.
-        foreign = [p.name for p in present if p.name not in _OWN]
+        foreign = [p.name for p in present if p.name.removeprefix(".").removesuffix(".part") not in _OWN]
         earlier = any(p.name in ("metrics.jsonl", "status.json", "data.json") for p in present)
         if not overwrite or foreign or not earlier:
             self._lock.close()

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
+from fedfm.core import trees
 from fedfm.core.update import Kind, Tensors, Update
 from fedfm.errors import BadUpdate
 from fedfm.wire import codec
@@ -62,7 +63,11 @@ def admit(update: Update, kind: Kind, expected: Tensors | None, limits: Limits) 
     # One comparison for all tensors; NaN and infinity fail it too.
     if not bool((norms <= limits.max_norm).all()):
         name = next(n for n, norm in zip(floats, norms.tolist(), strict=True) if not norm <= limits.max_norm)
-        what = "is not finite" if not torch.isfinite(floats[name]).all() else f"has a norm above {limits.max_norm:g}"
+        what = (
+            "is not finite"
+            if not torch.isfinite(trees.wide(floats[name])).all()
+            else f"has a norm above {limits.max_norm:g}"
+        )
         raise BadUpdate(f"tensor {name!r} {what}")
 
 

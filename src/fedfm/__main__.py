@@ -1,0 +1,5 @@
+"""``python -m fedfm``."""
+
+from fedfm.cli import main
+
+main()
