@@ -200,7 +200,7 @@ class Experiment:
             for (c, row), p, b, a in zip(rows, prompts, before, later, strict=True)
         ]
 
-    def generate(self, tensors: Tensors, prompts: Sequence[str], max_new_tokens: int = 48) -> list[str]:
+    def generate(self, tensors: Tensors, prompts: Sequence[str], max_new_tokens: int = 32) -> list[str]:
         """Greedy answers of the model with these tensors."""
         someone = View(Member("samples", 0), 0)
         return self.main.trainer.answer(Generate(tensors, tuple(prompts), max_new_tokens), someone)
