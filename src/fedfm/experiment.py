@@ -216,7 +216,7 @@ def totals(outcome: Outcome) -> dict[str, Any]:
         "bytes_up": sum(r["bytes_up"] for r in rounds),
         "bytes_down": sum(r["bytes_down"] for r in rounds),
         "peak_memory_mb": max(r["peak_memory_mb"] for r in rounds),
-        "steps": sum(int(p.get("steps", 0)) for p in work),
+        "steps": sum(p["steps"] for p in work),
         "dropped": sum(len(r["dropped"]) for r in rounds),
     }
 

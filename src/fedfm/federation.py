@@ -459,6 +459,7 @@ class _Server:
             self.took_part[reply.member.id] = {
                 **update.metrics,
                 "seconds": round(reply.seconds, 3),
+                "steps": reply.steps,
                 "bytes_up": reply.bytes_up,
                 "weight": update.weight,
             }

@@ -63,7 +63,7 @@ class InProcess:
         self.timeout_s = timeout_s
         self.on_step = on_step
         self.clock = clock
-        self._began = 0.0
+        self._began, self._steps = 0.0, 0
         trainer.pulse = self._pulse
 
     def ask(self, phase: str, round: int, messages: Mapping[Member, Tensors]) -> Iterator[Reply]:
@@ -74,7 +74,7 @@ class InProcess:
     def _task(self, phase: str, round: int, member: Member, message: Tensors) -> Reply:
         client = View(member, round, self.store.get(member.id))
         down = codec.tensors_size(message) if message else 0
-        self._began = self.clock()
+        self._began, self._steps = self.clock(), 0
         try:
             update = work(self.method, phase, client, message, self._answer)
             update = self._send(replace(update, member=member.id), round, phase)
@@ -87,7 +87,7 @@ class InProcess:
             return Reply(member, None, error.reason, down, 0, self.clock() - self._began)
         up = codec.size(update) if update.tensors or update.metrics else 0
         accept = partial(self.store.put, member.id, round, client.kept) if client.kept is not None else None
-        reply = Reply(member, update, "", down, up, self.clock() - self._began)
+        reply = Reply(member, update, "", down, up, self.clock() - self._began, self._steps)
         return replace(reply, accept=accept) if accept else reply
 
     def _send(self, update: Update, round: int, phase: str) -> Update:
@@ -103,6 +103,7 @@ class InProcess:
         return self.trainer.answer(job, client)
 
     def _pulse(self, steps: int) -> None:
+        self._steps += steps
         self.on_step(steps)
         self._check_deadline()
 

@@ -24,6 +24,7 @@ class Reply:
         bytes_down: encoded size of the message it received.
         bytes_up: encoded size of its update.
         seconds: how long it worked.
+        steps: optimizer steps it took, as far as the link can see.
         accept: to be called once the update has been admitted; only then the client keeps its new private state.
     """
 
@@ -33,6 +34,7 @@ class Reply:
     bytes_down: int = 0
     bytes_up: int = 0
     seconds: float = 0.0
+    steps: int = 0
     accept: Callable[[], None] = field(default=_nothing, compare=False)
 
 
