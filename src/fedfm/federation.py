@@ -5,8 +5,8 @@ from __future__ import annotations
 import resource
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,8 +16,7 @@ from fedfm.core.mean import WeightedMean
 from fedfm.core.method import Mean, Method, Rule, State
 from fedfm.core.plan import Members, Plan, Sampler, Training
 from fedfm.core.traits import Part, Trait
-from fedfm.core.update import Kind, Member, Tensors, Update
-from fedfm.errors import BadUpdate, FedfmError, Incompatible, NoUpdates, RecipeError, Stopped
+from fedfm.errors import FedfmError, Incompatible, NoUpdates, RecipeError, Stopped
 from fedfm.evaluate.assessment import Assessment, Evaluation, assess
 from fedfm.links.inprocess import InProcess
 from fedfm.links.link import Link
@@ -25,14 +24,15 @@ from fedfm.observe.observer import Observer
 from fedfm.rules.add import Add
 from fedfm.sample.uniform import Uniform
 from fedfm.schedule.synchronous import Synchronous
+from fedfm.server import RoundServer
 from fedfm.spaces.lora import LoRA
-from fedfm.spaces.space import Attached, Space
+from fedfm.spaces.space import Space
 from fedfm.store.clients import ClientStore
 from fedfm.store.folder import RunFolder
 from fedfm.tasks.task import Task
+from fedfm.train.bench import Bench
 from fedfm.train.trainer import Trainer
-from fedfm.train.trunk import Trunk
-from fedfm.wire.admit import Limits, admit
+from fedfm.wire.admit import Limits
 from fedfm.wire.stage import Stage
 
 if TYPE_CHECKING:
@@ -62,24 +62,6 @@ class Outcome:
     def adapter(self) -> Path | None:
         """Folder of the trained adapter or model."""
         return self.folder / "final" if self.folder else None
-
-
-@dataclass
-class Bench:
-    """The model in memory with a space attached: shared by runs that follow each other."""
-
-    loaded: Loaded
-    space: Attached
-
-    @classmethod
-    def of(cls, loaded: Loaded, space: Space, seed: int) -> Bench:
-        """Attach a space to a loaded model."""
-        return cls(loaded, space.attach(loaded, seed))
-
-    @cached_property
-    def trunk(self) -> Trunk | None:
-        """The blocks below the tuned ones, if what leaves them can be kept."""
-        return Trunk.below(self.loaded, self.space)
 
 
 class Federation:
@@ -352,7 +334,7 @@ class Federation:
         """One round: the new state, its record, and how many rounds in a row brought nothing."""
         began = time.monotonic()
         chosen = self.plan.sampler.sample(self.ids, number, self.seed)
-        server = _Server(self, link, number, tuple(self.plan.members.member(i) for i in chosen))
+        server = RoundServer(self, link, number, tuple(self.plan.members.member(i) for i in chosen))
         try:
             state = self.schedule.advance(self.method, server, state) if chosen else state
             idle = 0
@@ -411,73 +393,6 @@ class Federation:
             "seed": repr(self.seed),
             "model": self.bench.loaded.name,
             "members": f"{len(self.ids)} clients, {seeds.derive(0, *self.ids[:1000]):x}",
-        }
-
-
-@dataclass
-class _Server:
-    """What a round sees of the federation, and what it notes of it."""
-
-    federation: Federation
-    link: Link
-    round: int
-    members: tuple[Member, ...]
-    dropped: list[dict[str, str]] = field(default_factory=list)
-    took_part: dict[str, dict[str, float]] = field(default_factory=dict)
-    bytes_up: int = 0
-    bytes_down: int = 0
-
-    @property
-    def mean(self) -> Mean:
-        return self.federation.mean
-
-    @property
-    def rule(self) -> Rule:
-        return self.federation.rule
-
-    def ask(self, phase: str, messages: Mapping[Member, Tensors]) -> Iterator[Update]:
-        """The admitted updates in the order of client ids; who fails is dropped and named."""
-        method = self.federation.method
-        if phase not in method.phases:
-            raise ValueError(f"{type(method).__name__} has no task {phase!r}, only {', '.join(method.phases)}")
-        aligned = Trait.ALIGNED in method.traits and method.sends is not Kind.KNOWLEDGE
-        expected = trees.select(self.federation.bench.space.initial, method.share) if aligned else None
-        for reply in self.link.ask(phase, self.round, messages):
-            self.bytes_down += reply.bytes_down
-            self.bytes_up += reply.bytes_up
-            update = reply.update
-            try:
-                if update is None:
-                    raise BadUpdate(reply.reason)
-                for stage in reversed(self.federation.stages):
-                    update = stage.receive(update)
-                admit(update, method.sends, expected, self.federation.limits)
-            except BadUpdate as error:
-                self.dropped.append({"client": reply.member.id, "reason": str(error)})
-                continue
-            reply.accept()
-            self.took_part[reply.member.id] = {
-                **update.metrics,
-                "seconds": round(reply.seconds, 3),
-                "steps": reply.steps,
-                "bytes_up": reply.bytes_up,
-                "weight": update.weight,
-            }
-            yield update
-            # Held no longer than the receiver holds it: the next update may need the memory.
-            del reply, update
-
-    def record(self) -> dict[str, Any]:
-        """The round as a line of ``metrics.jsonl``."""
-        losses = [(c["loss"], c["weight"]) for c in self.took_part.values() if "loss" in c]
-        weight = sum(w for _, w in losses)
-        return {
-            "round": self.round,
-            "train_loss": sum(x * w for x, w in losses) / weight if weight else None,
-            "participants": self.took_part,
-            "dropped": self.dropped,
-            "bytes_up": self.bytes_up,
-            "bytes_down": self.bytes_down,
         }
 
 

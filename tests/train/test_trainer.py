@@ -14,12 +14,12 @@ from fedfm.core.jobs import Call, Features, Fit, Generate, Loss
 from fedfm.core.plan import Training
 from fedfm.core.update import Member
 from fedfm.errors import DataError
-from fedfm.federation import Bench
 from fedfm.models import Loaded, load
 from fedfm.spaces import Full, LoRA
 from fedfm.tasks import CausalLM, Chat, Classify
 from fedfm.train import Trainer
 from fedfm.train.batches import batches
+from fedfm.train.bench import Bench
 from tests.conftest import FAST, People, dialogue
 
 ANN = View(Member("ann", 6), 1)
