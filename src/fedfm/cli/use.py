@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import warnings
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -135,6 +136,8 @@ def export(
         )
         loaded = load(section.name, head=experiment.main.task.head, seed=experiment.recipe.seed, **arguments)
         merged = PeftModel.from_pretrained(loaded.model, final).merge_and_unload()
-        merged.save_pretrained(folder)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # a library's own deprecations are no news to a user
+            merged.save_pretrained(folder)
         loaded.tokenizer.save_pretrained(folder)
     print(json.dumps({"folder": str(folder), "format": to}) if json_ else folder)
