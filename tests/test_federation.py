@@ -22,11 +22,13 @@ from fedfm.core.update import Tensors, Update
 from fedfm.errors import ClientError, FedfmError, Incompatible, RecipeError, StoreError
 from fedfm.evaluate import Evaluation
 from fedfm.federation import Federation
+from fedfm.links import InProcess
 from fedfm.methods.centralised import Centralised
 from fedfm.methods.fedavg import FedAvg
 from fedfm.methods.local_only import LocalOnly
 from fedfm.methods.lora.fedit import FedIT
 from fedfm.observe import Observer
+from fedfm.rules import Add
 from fedfm.sample import Poisson, Uniform
 from fedfm.spaces import Full
 from fedfm.wire import Clip
@@ -351,6 +353,21 @@ def test_stages_work_on_every_upload(federation: Make) -> None:
 def test_wrong_compositions_are_refused_when_built(federation: Make) -> None:
     with pytest.raises(Incompatible, match=r"FedIT is defined on the space lora, not on full.*space.kind to lora"):
         federation(FedIT(), space=Full())
+
+
+def test_another_method_gets_the_same_federation_around_it(federation: Make) -> None:
+    made = federation(FedIT(), stages=(Clip(max_norm=1e-3),), rule=Add(learning_rate=0.5))
+    other = made.like(FedAvg())
+    assert (other.stages, other.rule, other.mean, other.schedule) == (made.stages, made.rule, made.mean, made.schedule)
+    assert made.like(Centralised()).stages == ()
+
+
+def test_a_reference_that_pools_data_runs_only_in_simulation(federation: Make) -> None:
+    class Remote(InProcess):
+        simulated: ClassVar[bool] = False
+
+    with pytest.raises(Incompatible, match=r"Centralised sees all clients' data; it runs only in simulation"):
+        federation(Centralised(), link=Remote)
 
 
 def test_sampled_runs_visit_only_the_sampled(federation: Make, tmp_path: Path) -> None:

@@ -84,6 +84,7 @@ class Federation:
         limits: what is accepted from a client.
         seed: of every random draw.
         load: further arguments of :func:`fedfm.models.load`.
+        link: how clients are reached.
 
     Raises:
         Incompatible: the parts do not compose.
@@ -108,6 +109,7 @@ class Federation:
         limits: Limits | None = None,
         seed: int = 0,
         load: Mapping[str, Any] | None = None,
+        link: type[InProcess] = InProcess,
     ) -> None:
         if rounds < 1:
             raise RecipeError(f"rounds must be at least 1, but is {rounds}.")
@@ -123,6 +125,7 @@ class Federation:
         self.limits = limits or Limits()
         self.seed = seed
         self._load = dict(load or {})
+        self.link = link
         self.base_plan = Plan(members, sampler or Uniform(), training or Training(), rounds)
         self.plan = method.plan(self.base_plan)
         self.ids = sorted(self.plan.members.ids)
@@ -141,7 +144,7 @@ class Federation:
                 f"{type(self.method).__name__} is defined on the space {' or '.join(self.method.spaces)}, not on "
                 f"{self.space.id}. Set space.kind to {self.method.spaces[0]}, or choose fedavg, which takes any space."
             )
-        if self.method.simulated_only and not InProcess.simulated:
+        if self.method.simulated_only and not self.link.simulated:
             raise Incompatible(f"{type(self.method).__name__} sees all clients' data; it runs only in simulation.")
         parts = [self.plan.sampler, *self.stages, self.mean, self.rule, self.schedule]
         return traits.check(self.method, [p for p in parts if isinstance(p, Part)])
@@ -183,7 +186,12 @@ class Federation:
         )
 
     def like(self, method: Method) -> Federation:
-        """The same federation by another method, with the model that is already in memory."""
+        """The same federation by another method, with the model that is already in memory.
+
+        A method that pools the clients is a reference without a federation around it: stages and server rules, which
+        are about clients' uploads, are left out for it.
+        """
+        shared: dict[str, Any] = {"mean": self.mean, "rule": self.rule, "stages": self.stages}
         return Federation(
             self.bench,
             method,
@@ -194,8 +202,11 @@ class Federation:
             rounds=self.base_plan.rounds,
             sampler=self.base_plan.sampler,
             evaluation=self.evaluation,
+            schedule=self.schedule,
             limits=self.limits,
             seed=self.seed,
+            link=self.link,
+            **({} if method.simulated_only else shared),
         )
 
     def expected_steps(self) -> float:
@@ -298,7 +309,7 @@ class Federation:
             self.bench.space.save(state.weights, folder)
 
     def _link(self, store: ClientStore, trainer: Trainer) -> InProcess:
-        return InProcess(
+        return self.link(
             self.method,
             trainer,
             store,
