@@ -7,11 +7,17 @@ answer one client at a time or many clients in one batched forward.
 job        what is done on the client                         answer
 ========== ================================================== =======================================
 Fit        gradient steps on its training examples            :class:`Fitted`
+Gradient   one gradient of the loss over a whole split        :class:`Gradients`
 Loss       forward over a split, no gradient                  :class:`Scores`
+Predict    class scores of each example                       tensor ``[N, K]``
 Features   last hidden state of each example, pooled          tensor ``[N, D]``
 Generate   text continued from prompts                        list of strings
 Call       any function of its examples (counts, statistics)  what the function returns
 ========== ================================================== =======================================
+
+A split is ``train``, ``validation``, ``test``, ``public`` (the rows that the server and all clients have), or several
+of them joined by ``+``. A family of methods that needs another kind of work brings a job of its own, which says in
+``run(trainer, client)`` how it is done.
 """
 
 from __future__ import annotations
@@ -41,26 +47,45 @@ class Term(Protocol):
 
 @dataclass(frozen=True)
 class Job:
-    """Base of all jobs: the tensors of the space with which the model works; absent names take their initial value."""
+    """Base of all jobs.
+
+    Args:
+        tensors: of the space, with which the model works; absent names take their initial value.
+        patches: low-rank changes of the frozen base, in order: mappings of LoRA names to factors of any rank, each
+            adding $s B A$ to the weight beside which the factors stand, with the space's own scale $s$.
+    """
 
     tensors: Tensors
+    patches: tuple[Tensors, ...] = field(default=(), kw_only=True)
+
+
+Criterion = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+"""Class scores ``[B, K]`` and positions ``[B]`` to the loss of each example ``[B]``."""
 
 
 @dataclass(frozen=True)
 class Fit(Job):
-    """Train ``tensors`` on the client's training split.
+    """Train ``tensors`` on the client's examples.
 
     Args:
         train: which names get gradients.
-        terms: added to the task's loss at each step.
-        max_steps: optimizer steps; ``None`` means what the run's training arguments say.
+        terms: added to the loss at each step.
+        max_steps: optimizer steps; ``None`` means what the run's training arguments say, times ``work`` of the member's
+            profile if it has one.
         purpose: names the random draws, so that two fits in one task differ.
+        split: of which the examples are.
+        rate: factor on the run's learning rate.
+        criterion: instead of the task's loss, a loss of each example ``[B]`` from the class scores of a batch ``[B, K]``
+            and the positions of its examples in the split ``[B]``.
     """
 
     train: Patterns = ("*",)
     terms: tuple[Term, ...] = ()
     max_steps: int | None = None
     purpose: str = "fit"
+    split: str = "train"
+    rate: float = 1.0
+    criterion: Criterion | None = None
 
 
 @dataclass(frozen=True)
@@ -71,20 +96,52 @@ class Fitted:
         tensors: all tensors of the space after training; they share no memory with the model.
         steps: optimizer steps taken.
         examples: training examples seen, counted with repetition.
-        loss: mean of the task's loss over the steps, in nats per supervised token or example.
+        loss: mean of the loss over the steps, in nats per supervised token or example, without terms.
+        learning_rate: with which the steps were taken.
     """
 
     tensors: Tensors
     steps: int
     examples: int
     loss: float
+    learning_rate: float = 0.0
+
+
+@dataclass(frozen=True)
+class Gradient(Job):
+    """The gradient of the mean loss over all supervised positions of a split, at ``tensors``. No step is taken."""
+
+    train: Patterns = ("*",)
+    split: str = "train"
+
+
+@dataclass(frozen=True)
+class Gradients:
+    """Answer to :class:`Gradient`.
+
+    Args:
+        tensors: the gradient, by name.
+        loss: the mean loss, in nats.
+        examples: number of examples.
+    """
+
+    tensors: Tensors
+    loss: float
+    examples: int
 
 
 @dataclass(frozen=True)
 class Loss(Job):
-    """Score the model on a split of the client's data."""
+    """Score the model on a split of the client's data.
+
+    Args:
+        split: which examples.
+        gate: ``[N, R]``, factors on what each rank of the LoRA layers adds, for each example of the split; ``None``
+            means 1. With the factors of several adapters concatenated, it mixes them example by example.
+    """
 
     split: str = "train"
+    gate: torch.Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -100,6 +157,13 @@ class Scores:
     loss: torch.Tensor
     count: torch.Tensor
     tally: Tensors
+
+
+@dataclass(frozen=True)
+class Predict(Job):
+    """Class scores (logits) of every example of a split, in the order of the split; for classification."""
+
+    split: str = "train"
 
 
 @dataclass(frozen=True)

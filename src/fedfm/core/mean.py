@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 
@@ -12,12 +14,15 @@ from fedfm.core.update import Kind, Update
 from fedfm.errors import BadUpdate, NoUpdates
 
 
+@dataclass(frozen=True)
 class WeightedMean(Part):
     """$\\sum_k p_k x_k$ with $p_k = n_k / \\sum_j n_j$ over the updates that arrive.
 
     Kept as a running mean, $m \\leftarrow m + (n_k / N_k)(x_k - m)$ with $N_k$ the weight so far, in float32 or wider:
     one update in memory whatever the cohort, and the mean of one update is that update, bit for bit.
     """
+
+    id: ClassVar[str] = "mean"
 
     def __call__(self, updates: Iterable[Update]) -> Update:
         mean: dict[str, torch.Tensor] = {}

@@ -16,6 +16,8 @@ from fedfm.core.traits import NONE, Trait, Traits
 from fedfm.core.update import Kind, Member, Tensors, Update
 
 if TYPE_CHECKING:
+    import torch
+
     from fedfm.core.plan import Plan
     from fedfm.core.space import Layout
 
@@ -74,6 +76,11 @@ class Server(Protocol):
     members: tuple[Member, ...]
 
     @property
+    def space(self) -> Layout:
+        """The tuned tensors, as every party knows them."""
+        ...
+
+    @property
     def mean(self) -> Mean:
         """Estimator of the mean of the uploads."""
         ...
@@ -88,6 +95,14 @@ class Server(Protocol):
         in the order of client ids, each as soon as it is there."""
         ...
 
+    def do(self, job: Job) -> Any:
+        """The answer to a job on the server's own data, the split ``public``; nothing travels.
+
+        Raises:
+            DataError: the run has no public rows.
+        """
+        ...
+
 
 class Client(Protocol):
     """What client work sees: itself, and nothing of any other client."""
@@ -95,9 +110,14 @@ class Client(Protocol):
     member: Member
     round: int
     private: Tensors
+    space: Layout
 
     def keep(self, tensors: Tensors) -> None:
         """Replace the private state of this client. Takes effect only when its update is accepted."""
+        ...
+
+    def draw(self, purpose: str) -> torch.Generator:
+        """A source of random numbers for this client, round and purpose."""
         ...
 
 
@@ -117,13 +137,15 @@ class Method:
     sends: ClassVar[Kind] = Kind.DELTA
     terms: ClassVar[tuple[Term, ...]] = ()
     traits: ClassVar[Traits] = frozenset(
-        {Trait.LINEAR, Trait.VISIBLE, Trait.ALIGNED, Trait.DENSE, Trait.ONE_ASK, Trait.FORGETFUL}
+        {Trait.LINEAR, Trait.VISIBLE, Trait.ALIGNED, Trait.DENSE, Trait.ONE_ASK, Trait.FORGETFUL, Trait.RULED}
     )
     needs: ClassVar[Traits] = NONE
     """What must still hold of the uploads when they reach ``combine``."""
     instead: ClassVar[Mapping[Trait, str]] = {}
     spaces: ClassVar[tuple[str, ...]] = ()
     """Ids of the spaces it is defined on; empty means any."""
+    tasks: ClassVar[tuple[str, ...]] = ()
+    """Ids of the tasks it is defined on; empty means any."""
     phases: ClassVar[tuple[str, ...]] = ("local",)
     """The client tasks that a round may ask for."""
     scoring: ClassVar[tuple[str, ...]] = ("validate", "test")
@@ -137,9 +159,23 @@ class Method:
         super().__init_subclass__(**kwargs)
         cls.id = cls.__module__.rpartition(".")[2].replace("_", "-")
 
+    up: ClassVar[str] = ""
+    """What travels to the server, in words, where ``share`` does not say it."""
+    down: ClassVar[str] = ""
+    """What travels to a client, in words, where ``share`` does not say it."""
+
     def plan(self, plan: Plan) -> Plan:
-        """Change who takes part and how long, before the run starts."""
+        """Change who takes part and how long, before the run starts.
+
+        Raises:
+            RecipeError: the method cannot run by such a plan; says what to set.
+        """
         return plan
+
+    def parts(self) -> Mapping[str, Any]:
+        """Parts that belong to the method itself, by the argument of ``Federation`` they go to: ``rule``, ``stages``,
+        ``mean``, ``screens``, ``schedule``. Stages and screens come before those of the recipe."""
+        return {}
 
     def start(self, space: Layout) -> State:
         """The state before the first round (server, once)."""
@@ -166,6 +202,18 @@ class Method:
             metrics={"loss": fitted.loss, "steps": fitted.steps, "examples": fitted.examples},
             kind=self.sends,
         )
+
+    def kind(self, phase: str) -> Kind:
+        """What the uploads of a task are."""
+        return self.sends
+
+    def expects(self, phase: str, message: Tensors) -> Tensors | None:
+        """Names and shapes that the upload in answer to ``message`` must have; ``None`` when they are not known."""
+        return message if self.kind(phase) is not Kind.KNOWLEDGE else None
+
+    def result(self, state: State, space: Layout) -> Tensors:
+        """The tensors of the space that make the global model, for use and for saving; empty when there is none."""
+        return state.weights
 
     def validate(self, client: Client, message: Tensors) -> Work:
         """Score this client's model on its validation split."""

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, Protocol
 
+from fedfm.core import seeds
 from fedfm.core.update import Member
 from fedfm.errors import RecipeError
 
@@ -30,6 +31,38 @@ class Members(Protocol):
     def pooled(self) -> Members:
         """All clients' data in one client, each example in the split where it was."""
         ...
+
+
+@dataclass(frozen=True)
+class Profiled:
+    """Members with a device profile: for each key, every client has one of the values, drawn by its name.
+
+    Args:
+        members: the members.
+        choices: the values by key: ``rank`` of the LoRA factors, ``work`` as a factor on local steps, ``speed`` as
+            tasks per unit of simulated time, ...
+        seed: the run's seed.
+    """
+
+    members: Members
+    choices: Mapping[str, Sequence[float]]
+    seed: int
+
+    @property
+    def ids(self) -> Sequence[str]:
+        return self.members.ids
+
+    def member(self, id: str) -> Member:
+        """The member called ``id``, with its profile."""
+        draws = {key: seeds.derive(self.seed, "profile", key, id) % len(of) for key, of in self.choices.items()}
+        profile = {key: self.choices[key][at] for key, at in draws.items()}
+        return replace(self.members.member(id), profile=profile)
+
+    def rows(self, id: str, split: str) -> Sequence[Mapping[str, Any]]:
+        return self.members.rows(id, split)
+
+    def pooled(self) -> Members:
+        return self.members.pooled()
 
 
 class Sampler(Protocol):

@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol
 
 from fedfm.core.update import Tensors
 
 
-class Layout(Protocol):
-    """The tensors that a space tunes."""
-
-    initial: Tensors
-    """Their values before training; the same for every client, drawn from the run's seed."""
-
-
 @dataclass(frozen=True)
-class Fixed:
-    """A layout given by its initial tensors alone, for servers without a model and for tests."""
+class Layout:
+    """The tensors that a space tunes, and the federation around them.
+
+    Args:
+        initial: their values before training; the same for every client, drawn from the run's seed.
+        clients: how many clients there are, $N$, whether or not they take part.
+        seed: the run's seed.
+    """
 
     initial: Tensors
+    clients: int = 1
+    seed: int = 0

@@ -24,6 +24,7 @@ class Trait(Enum):
     UNIFORM = "every upload has the same weight"
     ONE_ASK = "the server asks each client once per round"
     FORGETFUL = "clients keep no state between rounds"
+    RULED = "the server rule decides how the weights change"
     ANY_RANK = "clients may train LoRA factors of different ranks"
 
 
@@ -64,16 +65,31 @@ def check(method: Method, parts: Sequence[Part]) -> list[Link]:
     Raises:
         Incompatible: a part, or the method itself at the end, needs a trait that does not hold there.
     """
-    name = type(method).__name__
-    holds = method.traits
-    broken: dict[Trait, Part] = {}
-    lines = [Link(name, method.needs, NONE, method.traits, holds)]
+    kinds = [type(part) for part in parts]
+    return check_traits(type(method).__name__, method.traits, method.needs, method.instead, kinds)
+
+
+def check_traits(
+    name: str, promised: Traits, needs: Traits, instead: Mapping[Trait, str], parts: Sequence[type[Part]]
+) -> list[Link]:
+    """:func:`check` for classes, whose settings are not known.
+
+    Args:
+        name: of the method.
+        promised: its traits.
+        needs: what it needs in the end.
+        instead: its advice.
+        parts: in the order in which an upload meets them.
+    """
+    holds = promised
+    broken: dict[Trait, type[Part]] = {}
+    lines = [Link(name, needs, NONE, promised, holds)]
     for part in parts:
-        _require(type(part).__name__, part.needs, holds, broken, name, part.instead)
+        _require(part.__name__, part.needs, holds, broken, name, part.instead)
         holds = (holds - part.breaks) | part.gives
         broken |= dict.fromkeys(part.breaks, part)
-        lines.append(Link(type(part).__name__, part.needs, part.breaks, part.gives, holds))
-    _require(name, method.needs, holds, broken, name, method.instead)
+        lines.append(Link(part.__name__, part.needs, part.breaks, part.gives, holds))
+    _require(name, needs, holds, broken, name, instead)
     return lines
 
 
@@ -81,7 +97,7 @@ def _require(
     who: str,
     needs: Traits,
     holds: Traits,
-    broken: Mapping[Trait, Part],
+    broken: Mapping[Trait, type[Part]],
     method: str,
     advice: Mapping[Trait, str],
 ) -> None:
@@ -90,7 +106,7 @@ def _require(
         if trait not in needs or trait in holds:
             continue
         taker = broken.get(trait)
-        lost = f"which {type(taker).__name__} takes away" if taker else f"which {method} does not promise"
-        out = type(taker).__name__ if taker and who == method else who
+        lost = f"which {taker.__name__} takes away" if taker else f"which {method} does not promise"
+        out = taker.__name__ if taker and who == method else who
         tip = advice.get(trait) or (taker.instead.get(trait) if taker else None) or f"Leave {out} out."
         raise Incompatible(f"{who} needs {trait.name} ({trait.value}), {lost}. {tip}")

@@ -107,6 +107,20 @@ def total(trees: Iterable[Tensors]) -> dict[str, torch.Tensor]:
     return result
 
 
+def mark(slot: str, tensors: Tensors) -> dict[str, torch.Tensor]:
+    """``tensors`` under the names ``slot:name``, so that several tensors of one name fit in a message.
+
+    >>> list(mark("c", {"w": torch.zeros(1)}))
+    ['c:w']
+    """
+    return {f"{slot}:{name}": tensor for name, tensor in tensors.items()}
+
+
+def marked(slot: str, tensors: Tensors) -> dict[str, torch.Tensor]:
+    """What :func:`mark` put under ``slot``, by plain name; the slot ``""`` holds what bears no mark."""
+    return {n.rpartition(":")[2]: t for n, t in tensors.items() if n.rpartition(":")[0] == slot}
+
+
 def same_names(inner: Mapping[str, object], outer: Mapping[str, object], first: str, second: str) -> None:
     """Raise ``KeyError`` unless every name of ``inner`` is in ``outer``."""
     if missing := [name for name in inner if name not in outer]:
