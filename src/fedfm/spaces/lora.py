@@ -10,7 +10,7 @@ import re
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 
@@ -88,7 +88,29 @@ class LoRA(Space):
         if parameters.keys() != get_peft_model_state_dict(wrapped, save_embedding_layers=False).keys():
             raise ModelError(f"the adapter of {loaded.name} has tensors that peft does not save by these names")
 
+        layers = {n: m for n, m in wrapped.named_modules() if hasattr(m, "lora_A") and "default" in m.lora_A}
+        bases = {}
+        for name, layer in layers.items():
+            weight = layer.get_base_layer().weight.detach()
+            transposed = weight.shape[0] == layer.in_features and weight.shape != (
+                layer.out_features,
+                layer.in_features,
+            )
+            turned = transposed or getattr(layer, "fan_in_fan_out", False)
+            bases[name] = (weight.T if turned else weight, layer.scaling["default"])
+
         def save(folder: Path) -> None:
+            config: Any = wrapped.peft_config["default"]
+            ranks = {p.shape[0] for n, p in parameters.items() if ".lora_A" in n}
+            # Factors of another rank than the space's own keep their scale: alpha grows with the rank.
+            config.r = max(ranks, default=self.r)
+            config.lora_alpha = self.lora_alpha * _growth(config.r / self.r, self.use_rslora)
+            try:
+                write(folder)
+            finally:
+                config.r, config.lora_alpha = self.r, self.lora_alpha
+
+        def write(folder: Path) -> None:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
                 # Nothing was added to the vocabulary; left to itself, peft asks the Hub whether that is so.
@@ -96,7 +118,13 @@ class LoRA(Space):
             if loaded.tokenizer is not None:
                 loaded.tokenizer.save_pretrained(folder)
 
-        return Attached(loaded.model, parameters, save, detach=wrapped.unload)
+        gates = [layer.lora_A["default"] for layer in layers.values()]
+        return Attached(loaded.model, parameters, save, wrapped.unload, bases=bases, gates=gates)
+
+
+def _growth(ratio: float, use_rslora: bool) -> float:
+    """Factor on alpha by which the scale stays as it was when the rank grows by ``ratio``."""
+    return ratio**0.5 if use_rslora else ratio
 
 
 def _public(name: str) -> str:

@@ -1,9 +1,13 @@
-"""A space put into a model: named parameters that can be set, read, frozen and saved."""
+"""A space put into a model: named parameters that can be set, read, frozen and saved.
+
+Letters in shapes: B examples of a batch, T tokens, R rank.
+"""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
@@ -36,6 +40,52 @@ class Space(ABC):
         """
 
 
+class Patches:
+    """Low-rank changes of frozen weights, made in place: $W \\leftarrow W + \\sum_i s B_i A_i$.
+
+    The weights as they were are kept from the first patch on, so that taking a patch back leaves no rounding.
+
+    Args:
+        bases: by the name before ``.lora_A``: the frozen weight ``[out, in]``, or its transpose where the layer keeps
+            it so, as a view; and the scale $s$.
+    """
+
+    def __init__(self, bases: Mapping[str, tuple[torch.Tensor, float]]) -> None:
+        self._bases = bases
+        self._original: dict[str, torch.Tensor] = {}
+        self._applied: list[Tensors] = []
+
+    @torch.no_grad()
+    def set(self, patches: Sequence[Tensors]) -> None:
+        """Make the weights what these patches, in this order, make of the original ones."""
+        same = 0
+        for old, new in zip(self._applied, patches, strict=False):
+            if old is not new and not _equal(old, new):
+                break
+            same += 1
+        if same < len(self._applied):
+            for name, weight in self._original.items():
+                self._bases[name][0].copy_(weight)
+            self._applied, same = [], 0
+        for patch in patches[same:]:
+            self._add(patch)
+            self._applied.append(patch)
+
+    def _add(self, patch: Tensors) -> None:
+        stems = [name.partition(".lora_A")[0] for name in patch if ".lora_A" in name]
+        if unknown := [stem for stem in stems if stem not in self._bases]:
+            raise ModelError(f"the space has no layer {unknown[0]!r} to patch")
+        for stem in stems:
+            weight, scale = self._bases[stem]
+            self._original.setdefault(stem, weight.clone())
+            a, b = (patch[f"{stem}.lora_{x}.weight"].to(weight) for x in "AB")  # [R, in], [out, R]
+            weight.addmm_(b, a, alpha=scale)
+
+
+def _equal(left: Tensors, right: Tensors) -> bool:
+    return left.keys() == right.keys() and all(torch.equal(t, right[n]) for n, t in left.items())
+
+
 class Attached:
     """A space in a model. Holds the only copy of the model's weights; clients' tensors are copied in and out.
 
@@ -44,6 +94,9 @@ class Attached:
         parameters: the tuned parameters by their public names.
         save: writes the model's present tensors to a folder.
         detach: takes the space out of the model again.
+        initial: values of the parameters before training; copied when not given.
+        bases: frozen weights that low-rank patches can change; see :class:`Patches`.
+        gates: the modules whose output has one number for each rank.
     """
 
     def __init__(
@@ -52,20 +105,44 @@ class Attached:
         parameters: Mapping[str, nn.Parameter],
         save: Callable[[Path], None],
         detach: Callable[[], object],
+        *,
+        initial: Tensors | None = None,
+        bases: Mapping[str, tuple[torch.Tensor, float]] | None = None,
+        gates: Sequence[nn.Module] = (),
     ) -> None:
         self.model = model
         self.parameters = dict(parameters)
-        self.initial: Tensors = {name: p.detach().clone() for name, p in parameters.items()}
+        self.initial: Tensors = initial if initial is not None else trees.clone(self.parameters)
         self._save = save
         self._detach = detach
-        self._all = [p.detach() for p in self.parameters.values()]
+        self._patches = Patches(bases or {})
+        self._gates = gates
 
-    def load(self, tensors: Tensors) -> None:
-        """Set the tuned parameters; absent names take their initial value."""
+    @torch.no_grad()
+    def load(self, tensors: Tensors, patches: Sequence[Tensors] = ()) -> None:
+        """Set the tuned parameters; absent names take their initial value.
+
+        LoRA factors may have another rank than the space's own: the layer then works with that rank.
+
+        Args:
+            tensors: values by name.
+            patches: changes of the frozen base; none means the base as it was loaded.
+        """
         if unknown := [name for name in tensors if name not in self.parameters]:
             raise ModelError(f"the space has no tensor {unknown[0]!r} ({len(unknown)} unknown names)")
-        source = [tensors.get(name, first) for name, first in self.initial.items()]
-        torch._foreach_copy_(self._all, [t.to(p.device) for t, p in zip(source, self._all, strict=True)])
+        same: tuple[list[torch.Tensor], list[torch.Tensor]] = ([], [])
+        for name, parameter in self.parameters.items():
+            value = tensors[name] if name in tensors else self.initial[name]
+            value = value.to(parameter.device)
+            if value.shape == parameter.shape:
+                same[0].append(parameter.data)
+                same[1].append(value)
+            else:
+                parameter.grad = None
+                parameter.data = value.to(parameter.dtype, copy=True)
+        if same[0]:
+            torch._foreach_copy_(*same)
+        self._patches.set(patches)
 
     def read(self) -> dict[str, torch.Tensor]:
         """Copies of the tuned parameters as they are now."""
@@ -86,6 +163,26 @@ class Attached:
             f"no tensor of the space matches {', '.join(patterns)}; "
             f"it has names such as {next(iter(self.parameters))!r}"
         )
+
+    @contextmanager
+    def gated(self, rows: torch.Tensor) -> Iterator[None]:
+        """Within it, what each rank of the adapted layers adds is multiplied by ``rows`` ``[B, R]`` of its example.
+
+        Raises:
+            ModelError: the space has no ranks.
+        """
+        if not self._gates:
+            raise ModelError("only a LoRA space can be gated")
+
+        def weigh(module: nn.Module, args: object, output: torch.Tensor) -> torch.Tensor:
+            return output * rows.to(output)[:, None, :]  # [B, T, R]
+
+        handles = [module.register_forward_hook(weigh) for module in self._gates]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
 
     def save(self, tensors: Tensors, folder: Path) -> None:
         """Write ``tensors`` as the files that ``peft`` or ``transformers`` read."""

@@ -68,15 +68,16 @@ class Checkpoints:
         self.folder = folder
 
     def write(self, round: int, state: State, extra: Mapping[str, Any]) -> None:
-        """Store the state after ``round`` with some plain values beside it."""
+        """Store the state after ``round`` with some values beside it."""
         tensors: dict[str, torch.Tensor] = {}
         plain = {f.name: flatten(getattr(state, f.name), tensors, f.name) for f in fields(state)}
         final, part = self.folder / f"round-{round:08d}", self.folder / ".part"
         with writing(final):
             shutil.rmtree(part, ignore_errors=True)
             part.mkdir(parents=True)
+            beside = flatten(extra, tensors, "extra")
             write_bytes(part / "state.safetensors", save(trees.unshared(tensors)))
-            write_bytes(part / "state.json", json.dumps({"round": round, "state": plain, "extra": extra}).encode())
+            write_bytes(part / "state.json", json.dumps({"round": round, "state": plain, "extra": beside}).encode())
             shutil.rmtree(final, ignore_errors=True)
             part.rename(final)
             sync_folder(self.folder)
@@ -98,7 +99,7 @@ class Checkpoints:
             content = json.loads((rounds[-1] / "state.json").read_text())
             tensors = load_file(rounds[-1] / "state.safetensors")
             values = {name: restore(value, tensors) for name, value in content["state"].items()}
-            return content["round"], kind(**values), content["extra"]
+            return content["round"], kind(**values), restore(content["extra"], tensors)
         except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
             raise StoreError(
                 f"the checkpoint {rounds[-1]} cannot be read ({error}). "

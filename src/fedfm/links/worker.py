@@ -1,0 +1,199 @@
+"""The client's half of a task: the method's work, the stages, the deadline, the private state. Links carry the rest."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+
+from fedfm.core import seeds
+from fedfm.core.client import Task, View
+from fedfm.core.jobs import Fitted
+from fedfm.core.method import Method
+from fedfm.core.space import Layout
+from fedfm.core.update import Member, Tensors, Update
+from fedfm.errors import BadUpdate, ClientError, FedfmError, LateClient, Stopped
+from fedfm.store.clients import ClientStore
+from fedfm.train.trainer import Trainer
+from fedfm.wire.stage import Sender, Stage
+
+CLIENT_FAULTS = (FedfmError, MemoryError, OSError)
+"""Causes for which a client is dropped. Anything else is a defect of the method or of fedfm and ends the run."""
+
+
+@dataclass
+class Done:
+    """A finished task.
+
+    Args:
+        member: whose task.
+        update: what it sends, through all stages; ``None`` when it failed.
+        reason: why it failed.
+        seconds: how long it took; of tasks that were trained together, an equal share.
+        steps: optimizer steps.
+        kept: its new private state; ``None`` when that stays as it was.
+    """
+
+    member: Member
+    update: Update | None = None
+    reason: str = ""
+    seconds: float = 0.0
+    steps: int = 0
+    kept: Tensors | None = field(default=None, repr=False)
+
+
+class Worker:
+    """Runs client work with the trainer of this process.
+
+    Args:
+        method: the federated method.
+        trainer: answers the jobs.
+        store: clients' private state.
+        stages: done to every upload.
+        seed: the run's seed.
+        layout: the tuned tensors, as every party knows them.
+        hide_metrics: send no metrics, because a stage hides single uploads.
+        timeout_s: seconds a client may work on one task; 0 means no limit.
+        on_step: told of every optimizer step; may raise ``Stopped``.
+        clock: seconds, monotonic.
+    """
+
+    def __init__(
+        self,
+        method: Method,
+        trainer: Trainer,
+        store: ClientStore,
+        *,
+        stages: Sequence[Stage] = (),
+        seed: int = 0,
+        layout: Layout | None = None,
+        hide_metrics: bool = False,
+        timeout_s: float = 0.0,
+        on_step: Callable[[int], None] = lambda steps: None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.method = method
+        self.trainer = trainer
+        self.store = store
+        self.stages = stages
+        self.seed = seed
+        self.layout = layout or Layout({}, seed=seed)
+        self.hide_metrics = hide_metrics
+        self.timeout_s = timeout_s
+        self.on_step = on_step
+        self.clock = clock
+        self._began = 0.0
+        trainer.pulse = self._pulse
+
+    def task(self, phase: str, round: int, member: Member, message: Tensors) -> Done:
+        """One client's task."""
+        return next(self.tasks(phase, round, {member: message}))
+
+    def tasks(self, phase: str, round: int, messages: Mapping[Member, Tensors]) -> Iterator[Done]:
+        """Clients' tasks, in the order of ids; as many go on side by side as the trainer can train together."""
+        members = sorted(messages, key=lambda m: m.id)
+        # A deadline is a client's own: where there is one, each works alone.
+        size = 1 if self.timeout_s else self.trainer.group
+        for at in range(0, len(members), size):
+            yield from self._group(phase, round, {m: messages[m] for m in members[at : at + size]})
+
+    def accept(self, done: Done, round: int) -> None:
+        """The update was admitted: store the client's new private state."""
+        if done.kept is not None:
+            self.store.put(done.member.id, round, done.kept)
+
+    def _group(self, phase: str, round: int, messages: Mapping[Member, Tensors]) -> list[Done]:
+        began = self._began = self.clock()
+        done = {member.id: Done(member) for member in messages}
+        running: dict[str, Task] = {}
+        stored = {member.id: self.store.get(member.id) for member in messages}
+        for member, message in messages.items():
+            own = {name: tensor for name, tensor in stored[member.id].items() if not name.startswith("@")}
+            self._try(done[member.id], partial(self._start, running, phase, round, member, own, message))
+        while waiting := {id: task for id, task in running.items() if task.job is not None}:
+            self._advance(waiting, done)
+            running = {id: task for id, task in running.items() if done[id].reason == ""}
+        for id, task in running.items():
+            self._try(done[id], partial(self._finish, done[id], task, stored[id], round, phase))
+        share = (self.clock() - began) / len(messages)
+        for one in done.values():
+            one.seconds = share
+        return list(done.values())
+
+    def _start(
+        self, running: dict[str, Task], phase: str, round: int, member: Member, own: Tensors, message: Tensors
+    ) -> None:
+        view = View(member, round, own, self.layout)
+        running[member.id] = Task(self.method, phase, view, message)
+
+    def _advance(self, waiting: Mapping[str, Task], done: Mapping[str, Done]) -> None:
+        """Answer the job of each task, together where the trainer can."""
+        asked = [(task.job, task.client) for task in waiting.values() if task.job is not None]
+        try:
+            answers = self.trainer.answers(asked) if len(asked) > 1 else None
+        except Stopped:
+            raise
+        except (*CLIENT_FAULTS, TimeoutError):
+            answers = None  # One of them is at fault: alone, each fails or not by itself.
+        for position, (id, task) in enumerate(waiting.items()):
+            self._try(done[id], partial(self._step, done[id], task, *(answers or ())[position : position + 1]))
+
+    def _step(self, done: Done, task: Task, *answers: object) -> None:
+        """Hand over the answer to a client's job; without one, the job is answered now, alone."""
+        if answers:
+            [answer] = answers
+        else:
+            assert task.job is not None
+            try:
+                answer = self.trainer.answer(task.job, task.client)
+            except Stopped:
+                raise
+            except Exception as error:
+                raise task.failed(error) from error
+        if isinstance(answer, Fitted):
+            done.steps += answer.steps
+        task.send(answer)
+
+    def _finish(self, done: Done, task: Task, stored: Tensors, round: int, phase: str) -> None:
+        assert task.update is not None
+        update = replace(task.update, member=done.member.id)
+        metrics = {n: v for n, v in update.metrics.items() if math.isfinite(v)}
+        update = replace(update, metrics={} if self.hide_metrics else metrics)
+        kept = task.client.kept
+        memories: dict[str, Tensors] = {}
+        for position, stage in enumerate(self.stages if phase in self.method.phases else ()):
+            slot = f"@{position}"
+            draw = seeds.generator(self.seed, round, update.member, "stage", position, type(stage).__name__)
+            sender = Sender(draw, {n.partition(":")[2]: t for n, t in stored.items() if n.startswith(f"{slot}:")})
+            update = stage.send(update, sender)
+            if sender.kept is not None:
+                memories[slot] = sender.kept
+        self._check_deadline()
+        done.update = update
+        if kept is not None or memories:
+            before = kept if kept is not None else {n: t for n, t in stored.items() if not n.startswith("@")}
+            other = {n: t for n, t in stored.items() if n.startswith("@") and n.partition(":")[0] not in memories}
+            new = {f"{slot}:{name}": tensor for slot, memory in memories.items() for name, tensor in memory.items()}
+            done.kept = {**before, **other, **new}
+
+    def _try(self, done: Done, act: Callable[[], None]) -> None:
+        """Do something for one client; what is the client's fault is noted, anything else is raised."""
+        try:
+            act()
+        except (TimeoutError, BadUpdate) as error:
+            done.reason = str(error)
+        except ClientError as error:
+            if not isinstance(error, LateClient) and not isinstance(error.__cause__, CLIENT_FAULTS):
+                raise
+            done.reason = error.reason
+
+    def _pulse(self, steps: int) -> None:
+        self.on_step(steps)
+        self._check_deadline()
+
+    def _check_deadline(self) -> None:
+        spent = self.clock() - self._began
+        if self.timeout_s and spent > self.timeout_s:
+            raise TimeoutError(f"late: {spent:.1f} s are more than the {self.timeout_s:g} s allowed")
