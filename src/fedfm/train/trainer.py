@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import singledispatchmethod
 from itertools import islice
@@ -13,7 +13,19 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from fedfm.core import seeds, trees
-from fedfm.core.jobs import Call, Features, Fit, Fitted, Generate, Job, Loss, Scores
+from fedfm.core.jobs import (
+    Call,
+    Features,
+    Fit,
+    Fitted,
+    Generate,
+    Gradient,
+    Gradients,
+    Job,
+    Loss,
+    Predict,
+    Scores,
+)
 from fedfm.core.method import Client
 from fedfm.core.plan import Members, Training
 from fedfm.errors import DataError
@@ -43,6 +55,7 @@ class Trainer:
         training: local training arguments.
         data: clients' rows.
         trunk: frozen lower blocks whose output is kept, if there are any.
+        public: rows that the server and all clients have, the split ``public``.
         seed: the run's seed.
         rounds: rounds of the run, for the learning-rate schedule.
         pulse: called with the number of optimizer steps done since the last call; may raise to stop the work.
@@ -57,6 +70,7 @@ class Trainer:
         data: Members,
         *,
         trunk: Trunk | None = None,
+        public: Sequence[Mapping[str, Any]] = (),
         seed: int = 0,
         rounds: int = 1,
         pulse: Callable[[int], None] = _no_pulse,
@@ -73,37 +87,71 @@ class Trainer:
         split = loaded.split
         body, head = (attrgetter(split.body), attrgetter(split.head)) if split else (None, None)
         self.model = TaskModel(loaded.model, body and body(loaded.model), head and head(loaded.model))
-        self.encoded = Encoded(lambda client, part: task.encode(data.rows(client, part), loaded))
+        self.public = public
+        self._encoded = Encoded(lambda client, part: task.encode(self.rows(client, part), loaded))
         self.trunk = trunk
         self._pad = loaded.tokenizer.pad_token_id
 
+    @property
+    def group(self) -> int:
+        """How many clients' jobs are worth asking together."""
+        return 1
+
+    def answers(self, asked: Sequence[tuple[Job, Client]]) -> list[Any]:
+        """The answers to jobs of several clients, in the order asked."""
+        return [self.answer(job, client) for job, client in asked]
+
+    def rows(self, client: str, split: str) -> Sequence[Mapping[str, Any]]:
+        """The rows of one split of a client.
+
+        Raises:
+            DataError: the run has no public rows.
+        """
+        if split != "public":
+            return self.data.rows(client, split)
+        if not len(self.public):
+            raise DataError("there are no public rows. Give the run some: data.public: 0.05, for one row in twenty.")
+        return self.public
+
+    def encoded(self, client: str, split: str) -> list[Example]:
+        """The tokenised examples of a split, or of several joined by ``+``."""
+        parts = split.split("+")
+        # All share the public rows, so they are tokenised once.
+        lists = [self._encoded("" if part == "public" else client, part) for part in parts]
+        return lists[0] if len(lists) == 1 else [example for one in lists for example in one]
+
+    def steps(self, job: Fit, client: Client, examples: int) -> int:
+        """Optimizer steps of a job on so many examples."""
+        if job.max_steps is not None:
+            return job.max_steps
+        return max(1, round(self.training.steps(examples) * client.member.profile.get("work", 1.0)))
+
     def learning_rate(self, round: int) -> float:
         """The learning rate of a round (from 1)."""
-        done = (round - 1) / self.rounds
+        done = min(1.0, (round - 1) / self.rounds)
         factor = {"constant": 1.0, "linear": 1 - done, "cosine": (1 + math.cos(math.pi * done)) / 2}
         return self.training.learning_rate * factor[self.training.lr_scheduler_type]
 
     @singledispatchmethod
     def answer(self, job: Job, client: Client) -> Any:
         """Do what a job asks, on this client's data, and return the answer described in :mod:`fedfm.core.jobs`."""
+        if run := getattr(job, "run", None):
+            return run(self, client)
         raise TypeError(f"no trainer answers {type(job).__name__}")
 
     @answer.register
     def fit(self, job: Fit, client: Client) -> Fitted:
         """Gradient steps on the batch loss: the mean over supervised positions of the whole (accumulated) batch."""
         args = self.training
-        examples = self.encoded(client.member.id, "train")
-        if not examples:
-            raise DataError(
-                f"client {client.member.id!r} has no training example from which there is something to learn"
-            )
-        self.space.load(job.tensors)
+        examples = self._some(client, job.split)
+        self.space.load(job.tensors, job.patches)
         start = trees.select({n: p.detach() for n, p in self.space.parameters.items()}, job.train)
         if job.terms:
             start = trees.clone(start)
         chosen = self.space.train_only(job.train)
-        optimizer = self._optimizer(list(chosen.values()), self.learning_rate(client.round))
-        steps = job.max_steps or args.steps(len(examples))
+        rate = self.learning_rate(client.round) * job.rate
+        optimizer = self._optimizer(list(chosen.values()), rate)
+        steps = self.steps(job, client, len(examples))
         names = (client.round, client.member.id, job.purpose)
         order = batches(
             list(map(len, examples)),
@@ -116,11 +164,16 @@ class Trainer:
         with torch.random.fork_rng(devices=self._cuda()):
             torch.manual_seed(seeds.derive(self.seed, *names, "dropout"))
             for _ in range(steps):
-                group = [[examples[i] for i in chunk] for chunk in islice(order, args.gradient_accumulation_steps)]
+                places = list(islice(order, args.gradient_accumulation_steps))
+                group = [[examples[i] for i in chunk] for chunk in places]
                 batched = [collate(chunk, self._pad, self.device) for chunk in group]
                 supervised = sum(self._supervised(batch.target) for batch in batched)
                 for k, (chunk, batch) in enumerate(zip(group, batched, strict=True)):
-                    loss = self._losses(chunk, batch).total.sum() / supervised
+                    if job.criterion is None:
+                        loss = self._losses(chunk, batch).total.sum() / supervised
+                    else:
+                        logits = self._logits(chunk, batch)
+                        loss = job.criterion(logits, torch.tensor(places[k])).sum() / sum(map(len, places))
                     loss_sum += loss.detach().double().cpu()
                     for term in job.terms if k == 0 else ():
                         loss = loss + term(chosen, start)
@@ -131,7 +184,44 @@ class Trainer:
                 optimizer.step()
                 optimizer.zero_grad(set_to_none=True)
                 self.pulse(1)
-        return Fitted(self.space.read(), steps, seen, float(loss_sum) / steps)
+        return Fitted(self.space.read(), steps, seen, float(loss_sum) / steps, rate)
+
+    @answer.register
+    def gradient(self, job: Gradient, client: Client) -> Gradients:
+        """The gradient over the whole split, batch after batch, without dropout."""
+        examples = self._some(client, job.split)
+        self.space.load(job.tensors, job.patches)
+        chosen = self.space.train_only(job.train)
+        self._mode(training=False)
+        chunks = [[examples[i] for i in chunk] for chunk in self._chunks(examples)]
+        batched = [collate(chunk, self._pad, self.device) for chunk in chunks]
+        supervised = sum(self._supervised(batch.target) for batch in batched)
+        loss_sum = 0.0
+        for chunk, batch in zip(chunks, batched, strict=True):
+            loss = self._losses(chunk, batch).total.sum() / supervised
+            loss.backward()
+            loss_sum += float(loss.detach())
+            self.pulse(0)
+        zero = {n: torch.zeros_like(p) for n, p in chosen.items() if p.grad is None}
+        found = {n: zero[n] if p.grad is None else p.grad.detach().clone() for n, p in chosen.items()}
+        self.space.train_only(job.train)
+        return Gradients(found, loss_sum, len(examples))
+
+    @answer.register
+    def predict(self, job: Predict, client: Client) -> torch.Tensor:
+        """Class scores of every example, in the order of the split."""
+        examples = self._some(client, job.split)
+        self.space.load(job.tensors, job.patches)
+        self._mode(training=False)
+        rows: list[torch.Tensor] = [torch.empty(0)] * len(examples)
+        for chunk in self._chunks(examples):
+            chosen = [examples[i] for i in chunk]
+            with torch.no_grad():
+                logits = self._logits(chosen, collate(chosen, self._pad, self.device)).float().cpu()
+            for i, row in zip(chunk, logits, strict=True):
+                rows[i] = row
+            self.pulse(0)
+        return torch.stack(rows)
 
     @answer.register
     def score(self, job: Loss, client: Client) -> Scores:
@@ -139,11 +229,12 @@ class Trainer:
         examples = self.encoded(client.member.id, job.split)
         total, count = torch.zeros(len(examples)), torch.zeros(len(examples), dtype=torch.long)
         tallies = []
-        self.space.load(job.tensors)
+        self.space.load(job.tensors, job.patches)
         self._mode(training=False)
         for chunk in self._chunks(examples):
             chosen = [examples[i] for i in chunk]
-            with torch.no_grad():
+            mixed = nullcontext() if job.gate is None else self.space.gated(job.gate[chunk])
+            with torch.no_grad(), mixed:
                 losses = self._losses(chosen, collate(chosen, self._pad, self.device))
             total[chunk] = losses.total.float().cpu()
             count[chunk] = losses.count.cpu()
@@ -156,7 +247,7 @@ class Trainer:
         """Mean over each example's real tokens of the last hidden state, ``[N, D]``."""
         examples = self.encoded(client.member.id, job.split)
         backbone = self.loaded.model.base_model
-        self.space.load(job.tensors)
+        self.space.load(job.tensors, job.patches)
         self._mode(training=False)
         rows: list[torch.Tensor] = [torch.empty(0)] * len(examples)
         with torch.no_grad(), self._autocast():
@@ -173,7 +264,7 @@ class Trainer:
     def generate(self, job: Generate, client: Client) -> list[str]:
         """Greedy continuations of the prompts, one prompt at a time so that no padding can change them."""
         tokenizer = self.loaded.tokenizer
-        self.space.load(job.tensors)
+        self.space.load(job.tensors, job.patches)
         self._mode(training=False)
         texts = []
         for prompt in job.prompts:
@@ -196,7 +287,21 @@ class Trainer:
     def call(self, job: Call, client: Client) -> Any:
         """The function's result on the client's rows."""
         draw = seeds.generator(self.seed, client.round, client.member.id, "call", job.function.__qualname__)
-        return job.function(self.data.rows(client.member.id, job.split), draw)
+        return job.function(self.rows(client.member.id, job.split), draw)
+
+    def _some(self, client: Client, split: str) -> list[Example]:
+        """The examples of a split, at least one."""
+        if examples := self.encoded(client.member.id, split):
+            return examples
+        what = "training" if split == "train" else split
+        raise DataError(f"client {client.member.id!r} has no {what} example from which there is something to learn")
+
+    def _logits(self, examples: list[Example], batch: Batch) -> torch.Tensor:
+        """Class scores of a batch, ``[B, K]``."""
+        if batch.target.dim() != 1:
+            raise DataError(f"class scores are for classification; the task {self.task.id!r} has no classes")
+        with self._autocast(), self.trunk.skipped(self.trunk.of(examples)) if self.trunk else nullcontext():
+            return self.model.model(input_ids=batch.input_ids, attention_mask=batch.mask).logits
 
     def _losses(self, examples: list[Example], batch: Batch) -> Losses:
         """The task's losses, from the lowest tuned block on where what enters it is kept."""
