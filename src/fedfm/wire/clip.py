@@ -2,6 +2,10 @@
 
 McMahan et al. 2018, Learning Differentially Private Recurrent Language Models, ICLR 2018 (arXiv 1710.06963), flat
 clipping. It bounds what one client can change, for privacy and for robustness alike.
+
+Differences from the paper:
+- The server clips once more what arrives, which changes nothing of an upload that kept to the bound, so that a client
+  that skips its half gains nothing.
 """
 
 from __future__ import annotations
@@ -10,13 +14,11 @@ import math
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
-import torch
-
 from fedfm.core import trees
 from fedfm.core.traits import Trait, Traits
-from fedfm.core.update import Update
+from fedfm.core.update import Kind, Tensors, Update
 from fedfm.errors import BadUpdate, RecipeError
-from fedfm.wire.stage import Stage
+from fedfm.wire.stage import Sender, Stage
 
 
 @dataclass(frozen=True)
@@ -31,6 +33,7 @@ class Clip(Stage):
 
     id: ClassVar[str] = "clip"
     gives: ClassVar[Traits] = frozenset({Trait.BOUNDED, Trait.UNIFORM})
+    kinds: ClassVar[frozenset[Kind]] = frozenset({Kind.DELTA})
 
     max_norm: float
 
@@ -38,7 +41,13 @@ class Clip(Stage):
         if not 0 < self.max_norm < float("inf"):
             raise RecipeError(f"Clip max_norm must be above 0 and finite, but is {self.max_norm}.")
 
-    def send(self, update: Update, draw: torch.Generator) -> Update:
+    def send(self, update: Update, sender: Sender) -> Update:
+        return self._clipped(update)
+
+    def receive(self, update: Update, like: Tensors | None) -> Update:
+        return self._clipped(update)
+
+    def _clipped(self, update: Update) -> Update:
         tensors, norm = update.tensors, trees.norm(update.tensors)
         if not math.isfinite(norm):
             raise BadUpdate("its norm is not finite, so it cannot be clipped")

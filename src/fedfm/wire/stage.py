@@ -2,22 +2,93 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, ClassVar
+
 import torch
 
 from fedfm.core.traits import Part
-from fedfm.core.update import Update
+from fedfm.core.update import Kind, Tensors, Update
+
+if TYPE_CHECKING:
+    from fedfm.core.plan import Sampler
+
+
+@dataclass
+class Sender:
+    """A client as one stage sees it.
+
+    Args:
+        draw: random numbers for this client, round and stage.
+        memory: what this stage keeps on this client; empty at first.
+        kept: what ``keep`` was given; stored once the update is admitted.
+    """
+
+    draw: torch.Generator
+    memory: Tensors = field(default_factory=dict)
+    kept: Tensors | None = None
+
+    def keep(self, tensors: Tensors) -> None:
+        """Replace what this stage keeps on this client. Takes effect only when the update is admitted."""
+        self.kept = dict(tensors)
+
+
+@dataclass(frozen=True)
+class Setting:
+    """The federation around a stage.
+
+    Args:
+        stages: all stages, in order.
+        sampler: how participants are drawn.
+        population: number of clients, $N$.
+    """
+
+    stages: Sequence[Stage]
+    sampler: Sampler
+    population: int
+
+    @property
+    def expected(self) -> float:
+        """Mean number of participants of a round."""
+        return self.sampler.expected(self.population)
 
 
 class Stage(Part):
-    """A step of the upload's way. Subclasses are frozen dataclasses and override one half or both.
+    """A step of the upload's way. Subclasses are frozen dataclasses and override what they need.
 
     Stages run in the order of the recipe on the client, and in the opposite order on the server.
     """
 
-    def send(self, update: Update, draw: torch.Generator) -> Update:
-        """What leaves the client instead of ``update``; ``draw`` is seeded for this client, round and stage."""
+    kinds: ClassVar[frozenset[Kind]] = frozenset({Kind.DELTA, Kind.WEIGHTS})
+    """The kinds of upload it can work on."""
+
+    def send(self, update: Update, sender: Sender) -> Update:
+        """What leaves the client instead of ``update``."""
         return update
 
-    def receive(self, update: Update) -> Update:
-        """What the server works with instead of what arrived."""
+    def receive(self, update: Update, like: Tensors | None) -> Update:
+        """What the server works with instead of what arrived.
+
+        Args:
+            update: what arrived.
+            like: names and shapes that the client's own upload had; ``None`` when the server cannot know them.
+
+        Raises:
+            BadUpdate: it is not what this stage sends.
+        """
         return update
+
+    def release(self, mean: Update, setting: Setting, draw: torch.Generator) -> Update:
+        """What the server works with instead of the mean; its weight is the sum of the uploads' weights.
+
+        A stage that overrides this is also asked when no upload arrived, with zeros of weight 0.
+        """
+        return mean
+
+    def fits(self, setting: Setting) -> None:
+        """See, before the run, that it can work in this setting.
+
+        Raises:
+            RecipeError: it cannot; says what to change.
+        """

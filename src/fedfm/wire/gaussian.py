@@ -1,0 +1,125 @@
+"""Differential privacy for clients, by the server: McMahan et al. 2018, Learning Differentially Private Recurrent
+Language Models, ICLR 2018 (arXiv 1710.06963), DP-FedAvg with a fixed denominator.
+
+Each upload is clipped, and the server adds noise to their sum, so much that the result hardly tells whether a client
+took part. It divides by the mean number of participants, not by the number that came, which would itself tell.
+
+Differences from the paper:
+- All clients have weight 1; the paper caps weights.
+- The accountant is a tighter one than the paper's moments accountant; see :mod:`fedfm.privacy.accountant`.
+- Noise is drawn in floating point, whose gaps an attacker with access to every bit could exploit (Mironov 2012); so do
+  the paper and the common libraries.
+- Private is what the server hands on. The server itself sees the sum, and without secure aggregation every upload.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import ClassVar
+
+import torch
+
+from fedfm.core import trees
+from fedfm.core.method import Paper
+from fedfm.core.plan import Sampler
+from fedfm.core.traits import Trait, Traits
+from fedfm.core.update import Kind, Tensors, Update
+from fedfm.errors import RecipeError
+from fedfm.wire.stage import Setting, Stage
+
+
+@dataclass(frozen=True)
+class Gaussian(Stage):
+    """$\\Delta = \\frac{1}{\\bar m} \\left( \\sum_k \\Delta_k + \\mathcal{N}(0, z^2 S^2 I) \\right)$ with $\\bar m$ the
+    expected number of participants and $S$ the bound of the :class:`Clip` before it.
+
+    Args:
+        noise_multiplier: $z$, standard deviation of the noise on the sum in units of $S$.
+        delta: $\\delta$ of the guarantee; well below one over the number of clients.
+        max_epsilon: budget: the run stops before the round that would exceed it; 0 means there is none.
+    """
+
+    paper: ClassVar[Paper | None] = Paper(
+        title="Learning Differentially Private Recurrent Language Models",
+        authors="McMahan, Ramage, Talwar, Zhang",
+        year=2018,
+        venue="ICLR",
+        arxiv="1710.06963",
+    )
+    id: ClassVar[str] = "gaussian"
+    # One question a round, because the accountant counts one release a round.
+    needs: ClassVar[Traits] = frozenset({Trait.LINEAR, Trait.ALIGNED, Trait.BOUNDED, Trait.UNIFORM, Trait.ONE_ASK})
+    breaks: ClassVar[Traits] = frozenset({Trait.VISIBLE})
+    instead: ClassVar[dict[Trait, str]] = {
+        Trait.BOUNDED: "Put Clip directly before Gaussian in stages.",
+        Trait.UNIFORM: "Put Clip directly before Gaussian in stages.",
+    }
+    kinds: ClassVar[frozenset[Kind]] = frozenset({Kind.DELTA})
+
+    noise_multiplier: float
+    delta: float = 1e-5
+    max_epsilon: float = 0.0
+
+    def __post_init__(self) -> None:
+        if not 0 < self.noise_multiplier < float("inf"):
+            raise RecipeError(
+                f"Gaussian noise_multiplier must be above 0 and finite, but is {self.noise_multiplier}. "
+                "Leave Gaussian out to train without this guarantee."
+            )
+        if not 0 < self.delta < 1:
+            raise RecipeError(f"Gaussian delta must be above 0 and below 1, but is {self.delta}.")
+        if not 0 <= self.max_epsilon < float("inf"):
+            raise RecipeError(
+                f"Gaussian max_epsilon must be above 0 and finite, or 0 for no budget; it is {self.max_epsilon}."
+            )
+
+    def fits(self, setting: Setting) -> None:
+        bound(self, setting)
+        first = self.epsilon(setting.sampler, setting.population, 1)
+        if 0 < self.max_epsilon < first:
+            raise RecipeError(
+                f"Gaussian max_epsilon {self.max_epsilon} is less than the first round alone spends, {first:.3g}. "
+                "Raise noise_multiplier or max_epsilon, or let the sampler draw fewer of the clients."
+            )
+
+    def release(self, mean: Update, setting: Setting, draw: torch.Generator) -> Update:
+        std = self.noise_multiplier * bound(self, setting)
+        released = {
+            name: ((trees.wide(t) * mean.weight + noise(t, std, draw)) / setting.expected).to(t.dtype)
+            for name, t in sorted(mean.tensors.items())
+        }
+        return replace(mean, tensors=released, weight=setting.expected, metrics={})
+
+    def epsilon(self, sampler: Sampler, population: int, rounds: int) -> float:
+        """$\\varepsilon$ after so many rounds.
+
+        Raises:
+            RecipeError: nothing is known for this sampler.
+        """
+        from fedfm.privacy import accountant
+
+        return accountant.epsilon(self.noise_multiplier, sampler, population, rounds, self.delta)
+
+
+def bound(stage: Stage, setting: Setting) -> float:
+    """$S$: what the last stage before ``stage`` that gives a bound says it is.
+
+    Raises:
+        RecipeError: there is none.
+    """
+    place = next(i for i, one in enumerate(setting.stages) if one is stage)
+    for earlier in reversed(setting.stages[:place]):
+        if Trait.BOUNDED in earlier.gives and hasattr(earlier, "max_norm"):
+            return float(earlier.max_norm)
+    raise RecipeError(f"{type(stage).__name__} finds no bound of uploads. Put Clip before it in stages.")
+
+
+def noise(tensor: torch.Tensor, std: float, draw: torch.Generator) -> torch.Tensor:
+    """Gaussian noise of the shape of ``tensor``, in float32 or wider."""
+    wide = trees.wide(tensor)
+    return torch.randn(wide.shape, generator=draw, device=draw.device, dtype=wide.dtype).to(wide.device) * std
+
+
+def noised(tensors: Tensors, std: float, draw: torch.Generator) -> dict[str, torch.Tensor]:
+    """The tensors with noise on every coordinate."""
+    return {n: (trees.wide(t) + noise(t, std, draw)).to(t.dtype) for n, t in sorted(tensors.items())}
