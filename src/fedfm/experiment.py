@@ -55,6 +55,7 @@ class Experiment:
             min_examples=data.min_examples,
             max_examples=data.max_examples,
             max_clients=data.max_clients,
+            public=data.public,
         )
 
     @cached_property
@@ -74,7 +75,9 @@ class Experiment:
                     "other values there. Map another column with data.source.columns: {label: ...}."
                 )
             arguments |= {"label_names": self.population.label_names}
-        return Federation(section.name, members=self.population, load=arguments, **self._built)
+        return Federation(
+            section.name, members=self.population, public=self.population.public, load=arguments, **self._built
+        )
 
     @cached_property
     def runs(self) -> dict[str, Federation]:
@@ -156,7 +159,7 @@ class Experiment:
 
     def results(self, folder: RunFolder, outcomes: Mapping[str, Outcome]) -> dict[str, Any]:
         """The comparison of all runs on the clients' test splits, with samples and totals."""
-        initial = self.main.method.start(self.main.bench.space)
+        initial = self.main.start()
         tests = {"base": self.main.assess(initial)}
         for name, outcome in outcomes.items():
             store = ClientStore(self._place(folder, name) / "clients")
@@ -194,7 +197,7 @@ class Experiment:
             if len(rows) < self.recipe.samples and len(held := self.population.rows(client, "test")):
                 rows.append((client, held[0]))
         prompts = [self.main.task.prompt(row) for _, row in rows]
-        before, later = self.generate({}, prompts), self.generate(after.weights, prompts)
+        before, later = self.generate({}, prompts), self.generate(self.main.result(after), prompts)
         return [
             {"client": c, "prompt": p, "reference": self.main.task.answer(row), "before": b, "after": a}
             for (c, row), p, b, a in zip(rows, prompts, before, later, strict=True)
@@ -250,7 +253,7 @@ def machine() -> dict[str, Any]:
 
 def trained(folder: Path, federation: Federation) -> State:
     """The state after the last finished round of the run in ``folder``."""
-    kind = type(federation.method.start(federation.bench.space))
+    kind = type(federation.start())
     found = Checkpoints(folder / "checkpoints").read(kind)
     if found is None:
         raise RecipeError(f"{folder} holds no finished round. Run it first: fedfm run {folder / 'recipe.yaml'}.")

@@ -14,15 +14,19 @@ from typing import TYPE_CHECKING, Any
 from fedfm.core import seeds, traits, trees
 from fedfm.core.mean import WeightedMean
 from fedfm.core.method import Mean, Method, Rule, State
-from fedfm.core.plan import Members, Plan, Sampler, Training
+from fedfm.core.plan import Members, Plan, Profiled, Sampler, Training
+from fedfm.core.space import Layout
 from fedfm.core.traits import Part, Trait
 from fedfm.errors import FedfmError, Incompatible, NoUpdates, RecipeError, Stopped
+from fedfm.core.update import Tensors
 from fedfm.evaluate.assessment import Assessment, Evaluation, assess
 from fedfm.links.inprocess import InProcess
 from fedfm.links.link import Link
 from fedfm.observe.observer import Observer
 from fedfm.rules.add import Add
+from fedfm.robust.screen import Screen
 from fedfm.sample.uniform import Uniform
+from fedfm.schedule.schedule import Schedule
 from fedfm.schedule.synchronous import Synchronous
 from fedfm.server import RoundServer
 from fedfm.spaces.lora import LoRA
@@ -31,9 +35,12 @@ from fedfm.store.clients import ClientStore
 from fedfm.store.folder import RunFolder
 from fedfm.tasks.task import Task
 from fedfm.train.bench import Bench
+from fedfm.train.fused import Fused
 from fedfm.train.trainer import Trainer
+from fedfm.value.audit import Audit
 from fedfm.wire.admit import Limits
-from fedfm.wire.stage import Stage
+from fedfm.wire.gaussian import Gaussian
+from fedfm.wire.stage import Setting, Stage
 
 if TYPE_CHECKING:
     from fedfm.models import Loaded
@@ -85,9 +92,15 @@ class Federation:
         seed: of every random draw.
         load: further arguments of :func:`fedfm.models.load`.
         link: how clients are reached.
+        screens: which uploads the server takes into account, in this order.
+        audits: shown all that the server sees of each round; what they find is in the round's record.
+        public: rows that the server and all clients have.
+        profiles: what a client says of its device, by key: each client has one of the values, drawn by its name.
+        engine: how jobs are answered.
 
     Raises:
         Incompatible: the parts do not compose.
+        RecipeError: an argument cannot be used.
     """
 
     def __init__(
@@ -104,7 +117,12 @@ class Federation:
         rule: Rule | None = None,
         stages: Sequence[Stage] = (),
         mean: Mean | None = None,
-        schedule: Synchronous | None = None,
+        screens: Sequence[Screen] = (),
+        audits: Sequence[Audit] = (),
+        schedule: Schedule | None = None,
+        public: Sequence[Mapping[str, Any]] = (),
+        profiles: Mapping[str, Sequence[float]] | None = None,
+        engine: type[Trainer] = Fused,
         evaluation: Evaluation | None = None,
         limits: Limits | None = None,
         seed: int = 0,
@@ -113,22 +131,40 @@ class Federation:
     ) -> None:
         if rounds < 1:
             raise RecipeError(f"rounds must be at least 1, but is {rounds}.")
+        # What the user chose, for other methods on the same clients; what the method brings is added below.
+        self._given: dict[str, Any] = {
+            "rule": rule,
+            "mean": mean,
+            "stages": tuple(stages),
+            "screens": tuple(screens),
+            "schedule": schedule,
+            "audits": tuple(audits),
+        }
+        own = composed(method, self._given)
         self.model = model
         self.method = method
         self.task = task
         self.space = space or LoRA()
-        self.rule: Rule = rule or Add()
-        self.stages = tuple(stages)
-        self.mean: Mean = mean or WeightedMean()
-        self.schedule = schedule or Synchronous()
+        self.rule: Rule = own["rule"] or Add()
+        self.stages: tuple[Stage, ...] = own["stages"]
+        self.mean: Mean = own["mean"] or WeightedMean()
+        self.screens: tuple[Screen, ...] = own["screens"]
+        self.schedule: Schedule = own["schedule"] or Synchronous()
+        self.audits: tuple[Audit, ...] = own["audits"]
+        self.public = public
+        self.profiles = dict(profiles or {})
+        self.engine = engine
         self.evaluation = evaluation or Evaluation()
         self.limits = limits or Limits()
         self.seed = seed
         self._load = dict(load or {})
         self.link = link
-        self.base_plan = Plan(members, sampler or Uniform(), training or Training(), rounds)
+        people = Profiled(members, self.profiles, seed) if self.profiles else members
+        self.base_plan = Plan(people, sampler or Uniform(), training or Training(), rounds)
+        self._members = members
         self.plan = method.plan(self.base_plan)
         self.ids = sorted(self.plan.members.ids)
+        self.setting = Setting(self.stages, self.plan.sampler, len(self.ids))
         self.composition = self.check()
         self._observers: Sequence[Observer] = ()
         self._stop = False
@@ -144,10 +180,46 @@ class Federation:
                 f"{type(self.method).__name__} is defined on the space {' or '.join(self.method.spaces)}, not on "
                 f"{self.space.id}. Set space.kind to {self.method.spaces[0]}, or choose fedavg, which takes any space."
             )
+        if self.method.tasks and self.task.id not in self.method.tasks:
+            raise Incompatible(
+                f"{type(self.method).__name__} is defined on the task {' or '.join(self.method.tasks)}, not on "
+                f"{self.task.id}. Set task.kind to {self.method.tasks[0]}, or choose fedavg, which takes any task."
+            )
         if self.method.simulated_only and not self.link.simulated:
             raise Incompatible(f"{type(self.method).__name__} sees all clients' data; it runs only in simulation.")
-        parts = [self.plan.sampler, *self.stages, self.mean, self.rule, self.schedule]
+        for stage in self.stages:
+            for phase in self.method.phases:
+                if (kind := self.method.kind(phase)) not in stage.kinds:
+                    raise Incompatible(
+                        f"{type(stage).__name__} works on {' and '.join(sorted(stage.kinds))}, but "
+                        f"{type(self.method).__name__} sends {kind} in its task {phase!r}. Leave {type(stage).__name__} "
+                        "out."
+                    )
+            stage.fits(self.setting)
+        between = [*self.audits, *self.screens]
+        parts = [self.plan.sampler, *self.stages, *between, self.mean, self.rule, self.schedule]
         return traits.check(self.method, [p for p in parts if isinstance(p, Part)])
+
+    @cached_property
+    def layout(self) -> Layout:
+        """The tuned tensors, as every party knows them."""
+        return Layout(self.bench.space.initial, len(self.ids), self.seed)
+
+    def start(self) -> State:
+        """The state before the first round."""
+        return self.method.start(self.layout)
+
+    def result(self, state: State) -> Tensors:
+        """The tensors of the global model."""
+        return self.method.result(state, self.layout)
+
+    def privacy(self, rounds: int) -> dict[str, float] | None:
+        """What is spent after so many rounds, if a stage gives a guarantee: ``epsilon`` and ``delta``."""
+        for stage in self.stages:
+            if isinstance(stage, Gaussian):
+                spent = stage.epsilon(self.plan.sampler, len(self.ids), rounds) if rounds else 0.0
+                return {"epsilon": spent, "delta": stage.delta}
+        return None
 
     @cached_property
     def bench(self) -> Bench:
@@ -174,13 +246,14 @@ class Federation:
         return self.trainer if same else self._trainer(self.base_plan.members)
 
     def _trainer(self, members: Members) -> Trainer:
-        return Trainer(
+        return self.engine(
             self.bench.loaded,
             self.bench.space,
             self.task,
             self.plan.training,
             members,
             trunk=self.bench.trunk if self.plan.training.cache_frozen_blocks else None,
+            public=self.public,
             seed=self.seed,
             rounds=self.plan.rounds,
         )
@@ -191,22 +264,24 @@ class Federation:
         A method that pools the clients is a reference without a federation around it: stages and server rules, which
         are about clients' uploads, are left out for it.
         """
-        shared: dict[str, Any] = {"mean": self.mean, "rule": self.rule, "stages": self.stages}
+        given: dict[str, Any] = {} if method.simulated_only else {**self._given, "audits": ()}
         return Federation(
             self.bench,
             method,
-            self.base_plan.members,
+            self._members,
             self.task,
             space=self.space,
             training=self.base_plan.training,
             rounds=self.base_plan.rounds,
             sampler=self.base_plan.sampler,
             evaluation=self.evaluation,
-            schedule=self.schedule,
             limits=self.limits,
             seed=self.seed,
             link=self.link,
-            **({} if method.simulated_only else shared),
+            public=self.public,
+            profiles=self.profiles,
+            engine=self.engine,
+            **given,
         )
 
     def expected_steps(self) -> float:
@@ -256,12 +331,13 @@ class Federation:
         self._stop, self._observers = False, observers
         store = folder.clients if folder else ClientStore()
         link = self._link(store, self.trainer)
-        state = self.method.start(self.bench.space)
+        state = self.start()
+        memory: Mapping[str, Any] = {}
         done, idle, records = 0, 0, []
         identity = self._identity()
         if folder and resume and (found := folder.checkpoints.read(type(state))):
             done, state, extra = found
-            idle = extra["idle"]
+            idle, memory = extra["idle"], extra["schedule"]
             _same(extra["identity"], identity)
         if folder and resume:
             folder.rewind(done if done else -1)
@@ -273,10 +349,13 @@ class Federation:
             if not records:
                 self._record(folder, records, self._before(link, state))
             for round in range(done + 1, self.plan.rounds + 1):
-                state, record, idle = self._round(link, state, round, idle)
+                if self._spent(round):
+                    break
+                state, memory, record, idle = self._round(link, state, memory, round, idle)
                 self._record(folder, records, record)
                 if folder:
-                    folder.checkpoints.write(round, state, {"identity": identity, "idle": idle})
+                    extra = {"identity": identity, "idle": idle, "schedule": memory}
+                    folder.checkpoints.write(round, state, extra)
                     folder.clients.commit(round)
             status = "completed"
         except Stopped:
@@ -305,8 +384,8 @@ class Federation:
 
     def save(self, state: State, folder: Path) -> None:
         """Write the global model: a PEFT adapter folder, or a whole model for the full space."""
-        if state.weights:
-            self.bench.space.save(state.weights, folder)
+        if tensors := self.result(state):
+            self.bench.space.save(tensors, folder)
 
     def _link(self, store: ClientStore, trainer: Trainer) -> InProcess:
         return self.link(
@@ -315,6 +394,7 @@ class Federation:
             store,
             stages=self.stages,
             seed=self.seed,
+            layout=self.layout,
             hide_metrics=Trait.VISIBLE not in self.composition[-1].after,
             timeout_s=self.limits.timeout_s,
             on_step=self._stepped,
@@ -341,22 +421,34 @@ class Federation:
             "shared_parameters": trees.count(trees.select(self.bench.space.initial, self.method.share)),
         }
 
-    def _round(self, link: Link, state: State, number: int, idle: int) -> tuple[State, dict[str, Any], int]:
-        """One round: the new state, its record, and how many rounds in a row brought nothing."""
+    def _spent(self, round: int) -> bool:
+        """Whether a round would spend more privacy than there is."""
+        budget = max((s.max_epsilon for s in self.stages if isinstance(s, Gaussian)), default=0.0)
+        spent = self.privacy(round) if budget else None
+        return spent is not None and spent["epsilon"] > budget
+
+    def _round(
+        self, link: Link, state: State, memory: Mapping[str, Any], number: int, idle: int
+    ) -> tuple[State, Mapping[str, Any], dict[str, Any], int]:
+        """One round: the new state and schedule's memory, its record, how many rounds in a row brought nothing."""
         began = time.monotonic()
         chosen = self.plan.sampler.sample(self.ids, number, self.seed)
         server = RoundServer(self, link, number, tuple(self.plan.members.member(i) for i in chosen))
+        before = state
         try:
-            state = self.schedule.advance(self.method, server, state) if chosen else state
+            if chosen or server.private:
+                state, memory = self.schedule.advance(self.method, server, state, memory)
             idle = 0
         except NoUpdates as error:
             idle += 1
             if idle >= PATIENCE:
-                first = server.dropped[0] if server.dropped else {"client": "none", "reason": "none"}
+                first = server.dropped[0] if server.dropped else {"client": "nobody", "reason": str(error)}
                 raise FedfmError(
                     f"every client was dropped in {idle} rounds in a row; in round {number}, "
                     f"{first['client']!r}: {first['reason']}"
                 ) from error
+        for audit in self.audits:
+            server.notes[audit.id] = audit.look(server, self.method, before, server.seen)
         record = server.record()
         trained = time.monotonic()
         due = self.evaluation.every and (number % self.evaluation.every == 0 or number == self.plan.rounds)
@@ -367,9 +459,9 @@ class Federation:
             "seconds": round(trained - began, 3),
             "evaluation_seconds": round(time.monotonic() - trained, 3),
             "peak_memory_mb": peak_memory_mb(),
-            "privacy": None,
+            "privacy": self.privacy(number),
         }
-        return state, record, idle
+        return state, memory, record, idle
 
     def _assess(self, link: Link, state: State, phase: str, members: Members, ids: Sequence[str]) -> Assessment | None:
         messages = {m: self.method.message(state, m) for m in map(members.member, ids)}
@@ -401,10 +493,34 @@ class Federation:
             "sampler": repr(self.plan.sampler),
             "stages": repr(self.stages),
             "rule": repr(self.rule),
+            "mean": repr(self.mean),
+            "screens": repr(self.screens),
+            "schedule": repr(self.schedule),
+            "profiles": repr(self.profiles),
             "seed": repr(self.seed),
             "model": self.bench.loaded.name,
             "members": f"{len(self.ids)} clients, {seeds.derive(0, *self.ids[:1000]):x}",
         }
+
+
+def composed(method: Method, given: Mapping[str, Any]) -> dict[str, Any]:
+    """The parts that a user gave together with those that the method brings.
+
+    Raises:
+        RecipeError: both name one of a sort of which there can be but one.
+    """
+    out = dict(given)
+    for name, part in method.parts().items():
+        if isinstance(given[name], tuple):
+            out[name] = (*part, *given[name])
+        elif given[name] is None:
+            out[name] = part
+        else:
+            raise RecipeError(
+                f"{method.id} brings its own {name} ({type(part).__name__}), so {type(given[name]).__name__} cannot be "
+                f"its {name}. Leave {name} out, or choose another method."
+            )
+    return out
 
 
 def peak_memory_mb() -> int:

@@ -30,6 +30,17 @@ from fedfm.parts import Spec
 from fedfm.wire.admit import Limits
 
 
+_FOLDERS = {
+    "rule": "rules",
+    "mean": "robust",
+    "schedule": "schedule",
+    "stages": "wire",
+    "screens": "robust",
+    "audits": "value",
+}
+"""Where the parts of a key are."""
+
+
 class Section(BaseModel):
     """A mapping in a recipe; unknown keys are refused."""
 
@@ -70,6 +81,7 @@ class DataSection(Section):
         min_examples: clients with fewer rows are left out.
         max_examples: rows of a client beyond this number are left out; ``None`` means no bound.
         max_clients: clients beyond this number are left out; ``None`` means no bound.
+        public: fraction of the rows that no client gets, and the server and all clients have.
     """
 
     source: Spec
@@ -78,6 +90,7 @@ class DataSection(Section):
     min_examples: int = Field(0, ge=0)
     max_examples: int | None = Field(None, ge=1)
     max_clients: int | None = Field(None, ge=1)
+    public: float = Field(0.0, ge=0, lt=1)
 
 
 class Recipe(Section):
@@ -86,6 +99,11 @@ class Recipe(Section):
     Args:
         name: of the run; the run folder is ``runs/NAME`` unless ``output_dir`` says otherwise.
         title: heading of the report.
+        mean: estimator of the mean of the uploads; that of the method, or the weighted mean, unless named.
+        screens: which uploads the server takes into account.
+        audits: what looks at each round.
+        profiles: what clients' devices are like: for each key values, of which each client has one.
+        engine: clients are trained together where that changes nothing, or one after the other.
         references: methods run beside it at the same budget, for comparison.
         samples: dialogues shown before and after training.
     """
@@ -101,8 +119,14 @@ class Recipe(Section):
     training: dict[str, Any] = {}
     rounds: int = Field(10, ge=1)
     sampler: Spec = "uniform"
-    rule: Spec = "add"
+    rule: Spec | None = None
     stages: tuple[Spec, ...] = ()
+    mean: Spec | None = None
+    screens: tuple[Spec, ...] = ()
+    schedule: Spec | None = None
+    audits: tuple[Spec, ...] = ()
+    profiles: dict[str, tuple[float, ...]] = {}
+    engine: Literal["fused", "sequential"] = "fused"
     evaluation: dict[str, Any] = {}
     limits: dict[str, Any] = {}
     references: tuple[Spec, ...] = ()
@@ -121,6 +145,10 @@ class Recipe(Section):
 
     def built(self) -> dict[str, Any]:
         """The parts that the recipe names, ready to use, by the argument of ``Federation`` they go to."""
+        from fedfm.train import Fused, Trainer
+
+        if empty := [key for key, values in self.profiles.items() if not values]:
+            raise RecipeError(f"profiles.{empty[0]} has no values. Give it some, such as [2, 4, 8].")
         return {
             "method": parts.make("methods", self.method, "method"),
             "space": parts.make("spaces", self.space, "space"),
@@ -128,11 +156,25 @@ class Recipe(Section):
             "training": parts.build(Training, self.training, "training"),
             "rounds": self.rounds,
             "sampler": parts.make("sample", self.sampler, "sampler"),
-            "rule": parts.make("rules", self.rule, "rule"),
-            "stages": tuple(parts.make("wire", s, f"stages.{i}") for i, s in enumerate(self.stages)),
+            **self._optional("rule", "mean", "schedule"),
+            **self._several("stages", "screens", "audits"),
+            "profiles": self.profiles,
+            "engine": {"fused": Fused, "sequential": Trainer}[self.engine],
             "evaluation": parts.build(Evaluation, self.evaluation, "evaluation"),
             "limits": parts.build(Limits, self.limits, "limits"),
             "seed": self.seed,
+        }
+
+    def _optional(self, *keys: str) -> dict[str, Any]:
+        """Parts that need not be named."""
+        given = {key: getattr(self, key) for key in keys}
+        return {key: parts.make(_FOLDERS[key], spec, key) if spec else None for key, spec in given.items()}
+
+    def _several(self, *keys: str) -> dict[str, Any]:
+        """Parts of which there may be many."""
+        return {
+            key: tuple(parts.make(_FOLDERS[key], s, f"{key}.{i}") for i, s in enumerate(getattr(self, key)))
+            for key in keys
         }
 
     def sources(self) -> tuple[Any, Any]:
@@ -146,11 +188,12 @@ class Recipe(Section):
         """The recipe with every setting spelled out."""
         built, (source, partition) = self.built(), self.sources()
         out = self.model_dump(mode="json") | {"output_dir": str(self.folder)}
-        for key in ("method", "space", "task", "sampler", "rule"):
-            out[key] = parts.describe(built[key])
+        for key in ("method", "space", "task", "sampler", "rule", "mean", "schedule"):
+            out[key] = parts.describe(built[key]) if built[key] is not None else None
         for key in ("training", "evaluation", "limits"):
             out[key] = dict(vars(built[key]))
-        out["stages"] = [parts.describe(s) for s in built["stages"]]
+        for key in ("stages", "screens", "audits"):
+            out[key] = [parts.describe(s) for s in built[key]]
         out["references"] = [
             parts.describe(parts.make("methods", r, f"references.{i}")) for i, r in enumerate(self.references)
         ]

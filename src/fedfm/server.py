@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from fedfm.core import trees
+import torch
+
+from fedfm.core import seeds
+from fedfm.core.client import View
+from fedfm.core.jobs import Job
 from fedfm.core.method import Mean, Rule
+from fedfm.core.space import Layout
 from fedfm.core.traits import Trait
-from fedfm.core.update import Kind, Member, Tensors, Update
-from fedfm.errors import BadUpdate
-from fedfm.links.link import Link
+from fedfm.core.update import Member, Tensors, Update
+from fedfm.errors import BadUpdate, NoUpdates
+from fedfm.links.link import Link, Reply
 from fedfm.wire.admit import admit
+from fedfm.wire.stage import Stage
 
 if TYPE_CHECKING:
     from fedfm.federation import Federation
@@ -28,48 +34,118 @@ class RoundServer:
     members: tuple[Member, ...]
     dropped: list[dict[str, str]] = field(default_factory=list)
     took_part: dict[str, dict[str, float]] = field(default_factory=dict)
+    notes: dict[str, Any] = field(default_factory=dict)
+    seen: list[Update] = field(default_factory=list)
     bytes_up: int = 0
     bytes_down: int = 0
+    _expected: Tensors | None = None
 
     @property
-    def mean(self) -> Mean:
-        return self.federation.mean
+    def space(self) -> Layout:
+        return self.federation.layout
 
     @property
     def rule(self) -> Rule:
         return self.federation.rule
 
-    def ask(self, phase: str, messages: Mapping[Member, Tensors]) -> Iterator[Update]:
-        """The admitted updates in the order of client ids; who fails is dropped and named."""
+    @property
+    def private(self) -> bool:
+        """Whether a stage releases the mean, also of a round in which nobody's upload arrived."""
+        return any(_releases(stage) for stage in self.federation.stages)
+
+    @property
+    def ids(self) -> Sequence[str]:
+        """All clients, whether or not they take part in this round."""
+        return self.federation.ids
+
+    def member(self, id: str) -> Member:
+        """The member called ``id``."""
+        return self.federation.plan.members.member(id)
+
+    @property
+    def mean(self) -> Mean:
+        return self._release if self.private else self.federation.mean
+
+    def _release(self, updates: Iterable[Update]) -> Update:
+        """The mean as the stages let it out."""
+        federation = self.federation
+        try:
+            mean = federation.mean(updates)
+        except NoUpdates:
+            zeros = {name: torch.zeros_like(t) for name, t in (self._expected or self.space.initial).items()}
+            mean = Update(zeros, weight=0.0, kind=federation.method.sends, member="mean")
+        for position, stage in enumerate(federation.stages):
+            if _releases(stage):
+                draw = seeds.generator(federation.seed, self.round, "release", position, type(stage).__name__)
+                mean = stage.release(mean, federation.setting, draw)
+        return mean
+
+    def ask(self, phase: str, messages: Mapping[Member, Tensors], round: int | None = None) -> Iterator[Update]:
+        """The admitted updates in the order of client ids; who fails is dropped and named.
+
+        Args:
+            phase: a task of the method.
+            messages: what each client receives.
+            round: the round that the clients believe to be in, when it is another one.
+        """
         method = self.federation.method
         if phase not in method.phases:
             raise ValueError(f"{type(method).__name__} has no task {phase!r}, only {', '.join(method.phases)}")
-        aligned = Trait.ALIGNED in method.traits and method.sends is not Kind.KNOWLEDGE
-        expected = trees.select(self.federation.bench.space.initial, method.share) if aligned else None
-        for reply in self.link.ask(phase, self.round, messages):
+        updates = self._admitted(phase, messages, round or self.round)
+        if self.federation.screens:
+            return self._screened(list(updates))
+        return updates
+
+    def do(self, job: Job) -> Any:
+        """The answer to a job on the server's own rows."""
+        return self.federation.trainer.answer(job, View(Member("server", 0), self.round, space=self.space))
+
+    def _screened(self, updates: list[Update]) -> Iterator[Update]:
+        """What the screens leave of the uploads; who was left out is noted."""
+        before = [update.member for update in updates]
+        for screen in self.federation.screens:
+            updates = screen.screen(updates)
+        kept = {update.member for update in updates}
+        self.notes["screened_out"] = [member for member in before if member not in kept]
+        yield from updates
+
+    def _admitted(self, phase: str, messages: Mapping[Member, Tensors], round: int) -> Iterator[Update]:
+        method, kind = self.federation.method, self.federation.method.kind(phase)
+        aligned = Trait.ALIGNED in method.traits
+        self._expected = method.expects(phase, next(iter(messages.values()), {})) if messages else None
+        for reply in self.link.ask(phase, round, messages):
             self.bytes_down += reply.bytes_down
             self.bytes_up += reply.bytes_up
             update = reply.update
+            like = method.expects(phase, messages[reply.member])
             try:
                 if update is None:
                     raise BadUpdate(reply.reason)
                 for stage in reversed(self.federation.stages):
-                    update = stage.receive(update)
-                admit(update, method.sends, expected, self.federation.limits)
+                    update = stage.receive(update, like)
+                admit(update, kind, like if aligned else None, self.federation.limits)
             except BadUpdate as error:
                 self.dropped.append({"client": reply.member.id, "reason": str(error)})
                 continue
             reply.accept()
-            self.took_part[reply.member.id] = {
-                **update.metrics,
-                "seconds": round(reply.seconds, 3),
-                "steps": reply.steps,
-                "bytes_up": reply.bytes_up,
-                "weight": update.weight,
-            }
+            self._note(reply, update)
+            if self.federation.audits:
+                self.seen.append(update)
             yield update
             # Held no longer than the receiver holds it: the next update may need the memory.
             del reply, update
+
+    def _note(self, reply: Reply, update: Update) -> None:
+        """Who took part; what a client does in several tasks of a round adds up."""
+        before = self.took_part.get(reply.member.id, {"seconds": 0.0, "steps": 0, "bytes_up": 0})
+        self.took_part[reply.member.id] = {
+            **before,
+            **update.metrics,
+            "seconds": round(before["seconds"] + reply.seconds, 3),
+            "steps": before["steps"] + reply.steps,
+            "bytes_up": before["bytes_up"] + reply.bytes_up,
+            "weight": update.weight,
+        }
 
     def record(self) -> dict[str, Any]:
         """The round as a line of ``metrics.jsonl``."""
@@ -82,4 +158,9 @@ class RoundServer:
             "dropped": self.dropped,
             "bytes_up": self.bytes_up,
             "bytes_down": self.bytes_down,
+            **self.notes,
         }
+
+
+def _releases(stage: Stage) -> bool:
+    return type(stage).release is not Stage.release

@@ -12,14 +12,19 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from rich.box import SIMPLE_HEAD
 from rich.markup import escape
 from rich.table import Table
 
 from fedfm import parts
 from fedfm.cli.app import app, output
 from fedfm.cli.run import Json, RecipePath, Set
-from fedfm.errors import RecipeError, StoreError, nearest
+from fedfm.core import traits
+from fedfm.core.method import Method
+from fedfm.errors import Incompatible, RecipeError, StoreError, nearest
 from fedfm.recipe import read
+from fedfm.robust.estimator import Estimator
+from fedfm.wire.clip import Clip
 
 
 @app.command(rich_help_panel="Look")
@@ -34,6 +39,7 @@ def check(recipe: RecipePath, set_: Set = None, json_: Json = False) -> None:
     experiment = Experiment(plan)
     federation, people = experiment.main, experiment.population
     runs = {name: run.expected_steps() * run.plan.rounds for name, run in experiment.runs.items()}
+    promise = federation.privacy(federation.plan.rounds)
     lines = [
         {
             "part": line.part,
@@ -45,7 +51,9 @@ def check(recipe: RecipePath, set_: Set = None, json_: Json = False) -> None:
         for line in federation.composition
     ]
     if json_:
-        print(json.dumps({"ok": True, "data": people.summary(), "steps": runs, "composition": lines}))
+        print(
+            json.dumps({"ok": True, "data": people.summary(), "steps": runs, "composition": lines, "privacy": promise})
+        )
         return
     table = Table(title="How the parts compose", title_justify="left")
     for name in ("part", "needs", "breaks", "gives", "holds after"):
@@ -66,18 +74,26 @@ def check(recipe: RecipePath, set_: Set = None, json_: Json = False) -> None:
     for name, steps in runs.items():
         output.print(f"{name}: {plan.rounds} rounds, {steps:.0f} optimizer steps in all", highlight=False)
     output.print(table)
+    if promise:
+        output.print(
+            f"privacy of clients: epsilon {promise['epsilon']:.3g} at delta {promise['delta']:g}, after all rounds"
+        )
     output.print(f"[green]ok[/]  fedfm run {recipe}", highlight=False)
 
 
 @app.command(rich_help_panel="Look")
 def methods(
     name: Annotated[str | None, typer.Argument(help="Show one in full.", metavar="[NAME]")] = None,
+    matrix: Annotated[bool, typer.Option("--matrix", help="Show which methods and parts compose.")] = False,
     json_: Json = False,
 ) -> None:
     """List every published method and part, with its paper and what travels between server and clients.
 
     Example: fedfm methods fedit
     """
+    if matrix:
+        _matrix(json_)
+        return
     rows = [entry(folder, cls) for folder, cls in parts.published()]
     if name is not None:
         known = [row["id"] for row in rows]
@@ -102,9 +118,7 @@ def entry(folder: str, cls: type) -> dict[str, Any]:
     """What the catalogue says of a published class."""
     kind: Any = cls
     family = kind.__module__.split(".")[2:-1]
-    shared = ", ".join(kind.share) if kind.share else ""
-    what = {"": "nothing", "*": "every tuned tensor"}.get(shared, shared)
-    return {
+    row = {
         "id": kind.id,
         "kind": "/".join([folder, *family]),
         "name": kind.__name__,
@@ -113,22 +127,77 @@ def entry(folder: str, cls: type) -> dict[str, Any]:
         "year": kind.paper.year,
         "venue": kind.paper.venue,
         "arxiv": kind.paper.arxiv,
-        "up": f"{what} ({kind.sends.value})" if shared else what,
-        "down": what,
-        "spaces": list(kind.spaces) or ["any"],
-        "traits": sorted(t.name for t in kind.traits),
         "needs": sorted(t.name for t in kind.needs),
-        "simulated_only": kind.simulated_only,
         "doc": (kind.__doc__ or "").strip(),
         "about": (parts.importlib.import_module(kind.__module__).__doc__ or "").strip(),
     }
+    if not issubclass(kind, Method):
+        part = {"breaks": sorted(t.name for t in kind.breaks), "gives": sorted(t.name for t in kind.gives)}
+        return row | part | {"up": "", "down": ""}
+    shared = ", ".join(kind.share) if kind.share else ""
+    what = {"": "nothing", "*": "every tuned tensor"}.get(shared, shared)
+    return row | {
+        "up": kind.up or (f"{what} ({kind.sends.value})" if shared else what),
+        "down": kind.down or what,
+        "spaces": list(kind.spaces) or ["any"],
+        "tasks": list(kind.tasks) or ["any"],
+        "traits": sorted(t.name for t in kind.traits),
+        "simulated_only": kind.simulated_only,
+    }
+
+
+SORTS = {"wire": "stages", "robust": "screens", "schedule": "schedule", "rules": "rule", "value": "audits"}
+"""Folders of the parts that compose with methods, and the arguments of ``Federation`` they go to."""
+
+
+def pairs() -> dict[str, dict[str, str]]:
+    """For every published method, and every part that composes with methods: empty if they do, else why not."""
+    methods = [kind for _, kind in parts.published() if issubclass(kind, Method)]
+    found = [(folder, name, part) for folder in SORTS for name, part in sorted(parts.kinds(folder).items())]
+    return {kind.id: {name: refusal(kind, folder, part) for folder, name, part in found} for kind in methods}
+
+
+def refusal(kind: type[Method], folder: str, part: Any) -> str:
+    """Why a part cannot go with a method, by default settings; empty if it can, after Clip where it needs a bound."""
+    sort = "mean" if issubclass(part, Estimator) else SORTS[folder]
+    own = kind().parts()
+    if sort in own and not isinstance(own[sort], tuple):
+        return f"{kind.__name__} brings its own {sort}, {type(own[sort]).__name__}."
+    if kind.sends not in getattr(part, "kinds", (kind.sends,)):
+        return f"{part.__name__} works on {' and '.join(sorted(part.kinds))}, but {kind.__name__} sends {kind.sends}."
+    bound = [Clip] if part.needs & Clip.gives else []
+    try:
+        traits.check_traits(kind.__name__, kind.traits, kind.needs, kind.instead, [*bound, part])
+    except Incompatible as error:
+        return str(error)
+    return ""
+
+
+def _matrix(as_json: bool) -> None:
+    """Print which methods and parts compose."""
+    found = pairs()
+    if as_json:
+        print(json.dumps(found))
+        return
+    names = list(dict.fromkeys(name for row in found.values() for name in row))
+    title = f"{len(found)} methods, {len(names)} parts"
+    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, padding=(0, 0, 0, 1), caption_justify="left")
+    table.caption = "● composes (after clip, where it needs a bound)   · does not; --json says why"
+    table.add_column("method", no_wrap=True, vertical="bottom")
+    for name in names:
+        table.add_column("\n".join(name), no_wrap=True, vertical="bottom")
+    for method, row in found.items():
+        table.add_row(method, *("[red]·[/]" if row[name] else "[green]●[/]" for name in names))
+    output.print(table)
 
 
 def _details(row: dict[str, Any]) -> None:
     output.print(f"[bold]{row['id']}[/]  {row['kind']}", highlight=False)
     output.print(escape(row["about"]), highlight=False)
     output.print(f"\n{escape(row['doc'])}\n", highlight=False)
-    for key in ("up", "down", "spaces", "traits", "needs"):
+    for key in ("up", "down", "spaces", "tasks", "traits", "needs", "breaks", "gives"):
+        if key not in row:
+            continue
         value = row[key] if isinstance(row[key], str) else ", ".join(row[key]) or "-"
         output.print(f"[bold]{key:<8}[/]{value}", highlight=False)
 

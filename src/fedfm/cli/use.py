@@ -45,7 +45,7 @@ def evaluate(
     experiment = _experiment(run)
     federation = experiment.main
     phase = "test" if split == "test" else "validate"
-    before = federation.assess(federation.method.start(federation.bench.space), phase)
+    before = federation.assess(federation.start(), phase)
     after = federation.assess(trained(run, federation), phase, ClientStore(run / "clients"))
     if before is None or after is None:
         raise RecipeError(f"no client has a row in the {split} split. Set data.splits.{split} above 0 and run again.")
@@ -78,7 +78,10 @@ def chat(
     state = trained(run, experiment.main)
 
     def answer(question: str) -> dict[str, str]:
-        told = {"prompt": question, "answer": experiment.generate(state.weights, [question], max_new_tokens)[0]}
+        told = {
+            "prompt": question,
+            "answer": experiment.generate(experiment.main.result(state), [question], max_new_tokens)[0],
+        }
         if base:
             told["base"] = experiment.generate({}, [question], max_new_tokens)[0]
         return told

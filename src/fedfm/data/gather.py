@@ -29,6 +29,7 @@ def federate(
     min_examples: int = 0,
     max_examples: int | None = None,
     max_clients: int | None = None,
+    public: float = 0.0,
 ) -> Population:
     """Load rows and deal them to clients.
 
@@ -40,6 +41,7 @@ def federate(
         min_examples: clients with fewer rows are left out, and named in ``left_out``.
         max_examples: rows of a client beyond this number, drawn by the seed, are left out; ``None`` means no bound.
         max_clients: clients beyond this number, drawn by the seed, are left out; ``None`` means no bound.
+        public: fraction of the rows that no client gets: the server and all clients have them, in ``public``.
 
     Raises:
         DataError: the data or columns are not there, no client is left, or one has no rows.
@@ -52,8 +54,11 @@ def federate(
     ):
         if bound is not None and bound < least:
             raise RecipeError(f"{name} must be at least {least}, but is {bound}.")
+    if not 0 <= public < 1:
+        raise RecipeError(f"public must be at least 0 and below 1, but is {public}.")
     given = isinstance(source, Dataset)
     dataset = canonical(source, "the given data") if isinstance(source, Dataset) else source.load()
+    dataset, common = _set_aside(dataset, splits or Splits(), public, seed)
     assigned = partition.assign(dataset, seed)
     sizes = assigned.sizes
     kept = np.flatnonzero(sizes >= min_examples)
@@ -76,8 +81,19 @@ def federate(
         "min_examples": min_examples,
         "max_examples": max_examples,
         "max_clients": max_clients,
+        "public": len(common),
     }
-    return Population(dataset, assigned, splits or Splits(), seed, origin, left_out)
+    return Population(dataset, assigned, splits or Splits(), seed, origin, left_out, common)
+
+
+def _set_aside(dataset: Dataset, splits: Splits, fraction: float, seed: int) -> tuple[Dataset, Dataset]:
+    """The rows for the clients, and those that everyone has; rows that must not be parted stay together."""
+    if not fraction:
+        return dataset, dataset.select([])
+    keys = dataset.with_format(None).select_columns(splits.columns(dataset))
+    groups = splits.groups(keys[:] if keys.column_names else {}, len(dataset))
+    aside = Splits(validation=0.0, test=fraction, group_by=splits.group_by).divide(groups, seed, "public") != 0
+    return dataset.select(np.flatnonzero(~aside)), dataset.select(np.flatnonzero(aside))
 
 
 def from_datasets(clients: Mapping[str, Dataset], splits: Splits | None = None, seed: int = 0) -> Population:

@@ -44,6 +44,7 @@ class Population:
         seed: of the run.
         origin: what the data are, for the manifest.
         left_out: ids of clients with too few rows.
+        public: rows that belong to no client: the server and all clients have them.
 
     Raises:
         DataError: no clients, a client without rows, or a column that is not there.
@@ -57,8 +58,10 @@ class Population:
         seed: int,
         origin: Mapping[str, Any] | None = None,
         left_out: Sequence[str] = (),
+        public: Sequence[Mapping[str, Any]] = (),
     ) -> None:
         self.dataset = dataset
+        self.public = public
         self.splits = splits
         self.seed = seed
         self.left_out = list(left_out)
@@ -191,7 +194,9 @@ class Population:
         return self._derived(chosen, self._part[self._assignment.places(clients)], {})
 
     def _derived(self, assignment: Assignment, part: np.ndarray, origin: Mapping[str, Any]) -> Population:
-        out = Population(self.dataset, assignment, self.splits, self.seed, self._origin | dict(origin), self.left_out)
+        out = Population(
+            self.dataset, assignment, self.splits, self.seed, self._origin | dict(origin), self.left_out, self.public
+        )
         out._part = part
         return out
 
