@@ -17,14 +17,14 @@ from fedfm.core.method import Mean, Method, Rule, State
 from fedfm.core.plan import Members, Plan, Profiled, Sampler, Training
 from fedfm.core.space import Layout
 from fedfm.core.traits import Part, Trait
-from fedfm.errors import FedfmError, Incompatible, NoUpdates, RecipeError, Stopped
 from fedfm.core.update import Tensors
+from fedfm.errors import FedfmError, Incompatible, NoUpdates, RecipeError, Stopped
 from fedfm.evaluate.assessment import Assessment, Evaluation, assess
 from fedfm.links.inprocess import InProcess
 from fedfm.links.link import Link
 from fedfm.observe.observer import Observer
-from fedfm.rules.add import Add
 from fedfm.robust.screen import Screen
+from fedfm.rules.add import Add
 from fedfm.sample.uniform import Uniform
 from fedfm.schedule.schedule import Schedule
 from fedfm.schedule.synchronous import Synchronous
@@ -192,8 +192,8 @@ class Federation:
                 if (kind := self.method.kind(phase)) not in stage.kinds:
                     raise Incompatible(
                         f"{type(stage).__name__} works on {' and '.join(sorted(stage.kinds))}, but "
-                        f"{type(self.method).__name__} sends {kind} in its task {phase!r}. Leave {type(stage).__name__} "
-                        "out."
+                        f"{type(self.method).__name__} sends {kind} in its task {phase!r}. "
+                        f"Leave {type(stage).__name__} out."
                     )
             stage.fits(self.setting)
         between = [*self.audits, *self.screens]

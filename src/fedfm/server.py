@@ -91,7 +91,10 @@ class RoundServer:
         method = self.federation.method
         if phase not in method.phases:
             raise ValueError(f"{type(method).__name__} has no task {phase!r}, only {', '.join(method.phases)}")
+        self._expected = method.expects(phase, next(iter(messages.values()), {})) if messages else None
         updates = self._admitted(phase, messages, round or self.round)
+        if self._aligned(phase) and self._expected is None:
+            updates = self._alike(list(updates))
         if self.federation.screens:
             return self._screened(list(updates))
         return updates
@@ -99,6 +102,22 @@ class RoundServer:
     def do(self, job: Job) -> Any:
         """The answer to a job on the server's own rows."""
         return self.federation.trainer.answer(job, View(Member("server", 0), self.round, space=self.space))
+
+    def _aligned(self, phase: str) -> bool:
+        method = self.federation.method
+        return Trait.ALIGNED in method.traits and phase == method.phases[-1]
+
+    def _alike(self, updates: list[Update]) -> Iterator[Update]:
+        """The uploads with the most frequent names and shapes; of equally frequent ones, those of the first client."""
+        shapes = [tuple(sorted((name, tuple(t.shape)) for name, t in u.tensors.items())) for u in updates]
+        usual = max(shapes, key=shapes.count, default=())
+        for update, shape in zip(updates, shapes, strict=True):
+            if shape == usual:
+                yield update
+            else:
+                self.took_part.pop(update.member, None)
+                reason = "its upload has other names or shapes than those of most clients"
+                self.dropped.append({"client": update.member, "reason": reason})
 
     def _screened(self, updates: list[Update]) -> Iterator[Update]:
         """What the screens leave of the uploads; who was left out is noted."""
@@ -110,9 +129,7 @@ class RoundServer:
         yield from updates
 
     def _admitted(self, phase: str, messages: Mapping[Member, Tensors], round: int) -> Iterator[Update]:
-        method, kind = self.federation.method, self.federation.method.kind(phase)
-        aligned = Trait.ALIGNED in method.traits
-        self._expected = method.expects(phase, next(iter(messages.values()), {})) if messages else None
+        method, kind, aligned = self.federation.method, self.federation.method.kind(phase), self._aligned(phase)
         for reply in self.link.ask(phase, round, messages):
             self.bytes_down += reply.bytes_down
             self.bytes_up += reply.bytes_up

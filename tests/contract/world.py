@@ -91,7 +91,7 @@ class World:
             "training": PLAIN,
             "rounds": 2,
             "public": PUBLIC,
-            "profiles": {"rank": (1, 2)} if Trait.ANY_RANK in method.traits else {},
+            "profiles": {"rank": (1, 2, 1)} if Trait.ANY_RANK in method.traits else {},
             "evaluation": Evaluation(every=0),
             **changes,
         }
@@ -99,11 +99,17 @@ class World:
         return Federation(bench, method, settings.pop("members"), settings.pop("task"), **settings)
 
 
+def small(kind: type[Method], **settings: Any) -> Method:
+    """An instance with no count above 4: how much a method does by default must not make its tests slow."""
+    counts = {f.name: 4 for f in fields(kind) if type(f.default) is int and f.default > 4}
+    return kind(**{**counts, **settings})
+
+
 def telling(kind: type[Method]) -> Method:
-    """An instance with the last of the allowed values where a field has a list of them: defaults hide what a hook does."""
+    """The same with the last allowed value of each field that lists its values: defaults hide what a hook does."""
     hints = get_type_hints(kind)
     listed = {f.name: get_args(hints[f.name]) for f in fields(kind) if get_origin(hints[f.name]) is Literal}
-    return kind(**{name: values[-1] for name, values in listed.items()})
+    return small(kind, **{name: values[-1] for name, values in listed.items()})
 
 
 def spread(state: State) -> tuple[str, dict[str, torch.Tensor]]:

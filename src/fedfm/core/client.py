@@ -31,7 +31,7 @@ class View:
     member: Member
     round: int
     private: Tensors = field(default_factory=dict)
-    space: Layout = Layout({})
+    space: Layout = field(default_factory=lambda: Layout({}))
     kept: Tensors | None = None
 
     def keep(self, tensors: Tensors) -> None:

@@ -75,8 +75,8 @@ class Fit(Job):
         purpose: names the random draws, so that two fits in one task differ.
         split: of which the examples are.
         rate: factor on the run's learning rate.
-        criterion: instead of the task's loss, a loss of each example ``[B]`` from the class scores of a batch ``[B, K]``
-            and the positions of its examples in the split ``[B]``.
+        criterion: instead of the task's loss, a loss of each example ``[B]`` from the class scores of a batch
+            ``[B, K]`` and the positions of its examples in the split ``[B]``.
     """
 
     train: Patterns = ("*",)
@@ -105,6 +105,11 @@ class Fitted:
     examples: int
     loss: float
     learning_rate: float = 0.0
+
+    @property
+    def metrics(self) -> dict[str, float]:
+        """What a report shows of it."""
+        return {"loss": self.loss, "steps": self.steps, "examples": self.examples}
 
 
 @dataclass(frozen=True)
@@ -186,10 +191,11 @@ class Call(Job):
     """Run ``function(rows, generator)`` on the client's own rows (before tokenisation).
 
     Args:
-        function: gets the rows of ``split`` and a generator seeded for this client, round and job.
+        function: gets the rows of ``split`` and a generator seeded for this client, round and job; counts the rows
+            if it is not given.
         split: which rows.
     """
 
     tensors: Tensors = field(default_factory=dict)
-    function: Callable[[Sequence[Mapping[str, Any]], torch.Generator], Any] = len  # type: ignore[assignment]
+    function: Callable[[Sequence[Mapping[str, Any]], torch.Generator], Any] = lambda rows, generator: len(rows)
     split: str = "train"

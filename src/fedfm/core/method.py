@@ -135,7 +135,6 @@ class Method:
     share: ClassVar[trees.Patterns] = ("*",)
     """Which of them travel; the others stay with the client."""
     sends: ClassVar[Kind] = Kind.DELTA
-    terms: ClassVar[tuple[Term, ...]] = ()
     traits: ClassVar[Traits] = frozenset(
         {Trait.LINEAR, Trait.VISIBLE, Trait.ALIGNED, Trait.DENSE, Trait.ONE_ASK, Trait.FORGETFUL, Trait.RULED}
     )
@@ -147,7 +146,7 @@ class Method:
     tasks: ClassVar[tuple[str, ...]] = ()
     """Ids of the tasks it is defined on; empty means any."""
     phases: ClassVar[tuple[str, ...]] = ("local",)
-    """The client tasks that a round may ask for."""
+    """The client tasks that a round may ask for; traits speak of the uploads of the last."""
     scoring: ClassVar[tuple[str, ...]] = ("validate", "test")
     """The client tasks that send tallies of held-out rows; stages leave these as they are."""
     simulated_only: ClassVar[bool] = False
@@ -186,12 +185,19 @@ class Method:
         return state.weights
 
     def compose(self, client: Client, message: Tensors) -> Tensors:
-        """The tensors with which this client trains and predicts: its own, and those it received (client)."""
-        return {**client.private, **message}
+        """The tensors with which this client trains and predicts: its own, and those it received (client).
+
+        What bears a mark (:func:`fedfm.core.trees.mark`) is no weight and left out.
+        """
+        return trees.marked("", {**client.private, **message})
+
+    def terms(self, client: Client, message: Tensors) -> tuple[Term, ...]:
+        """What is added to the local loss (client)."""
+        return ()
 
     def local(self, client: Client, message: Tensors) -> Work:
         """Client work of a round: train, keep what is private, send the change of what is shared."""
-        fitted = yield Fit(self.compose(client, message), train=self.train, terms=self.terms)
+        fitted = yield Fit(self.compose(client, message), train=self.train, terms=self.terms(client, message))
         own = trees.select(trees.without(fitted.tensors, self.share), self.train)
         if own:
             client.keep(own)
@@ -199,7 +205,7 @@ class Method:
         return Update(
             trees.subtract(after, message),
             weight=client.member.examples,
-            metrics={"loss": fitted.loss, "steps": fitted.steps, "examples": fitted.examples},
+            metrics=fitted.metrics,
             kind=self.sends,
         )
 
@@ -208,7 +214,10 @@ class Method:
         return self.sends
 
     def expects(self, phase: str, message: Tensors) -> Tensors | None:
-        """Names and shapes that the upload in answer to ``message`` must have; ``None`` when they are not known."""
+        """Names and shapes that the upload in answer to ``message`` must have; ``None`` when they are not known.
+
+        Where uploads are ALIGNED and this is not known, the most frequent names and shapes are taken for right.
+        """
         return message if self.kind(phase) is not Kind.KNOWLEDGE else None
 
     def result(self, state: State, space: Layout) -> Tensors:
