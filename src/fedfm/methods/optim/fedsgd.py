@@ -1,0 +1,51 @@
+"""FedSGD: McMahan et al. 2017, Communication-Efficient Learning of Deep Networks from Decentralized Data
+(arXiv 1602.05629), the baseline of that paper.
+
+Clients send the gradient on all their data at the weights that they received; the server takes one step. It equals one
+step of gradient descent on the union of the data.
+
+Differences from the paper:
+- The learning rate is a setting of the method, as no optimizer runs on clients; those of training are not used.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import ClassVar
+
+from fedfm.core import trees
+from fedfm.core.jobs import Gradient
+from fedfm.core.method import Client, Method, Paper, Rule, State, Work
+from fedfm.core.update import Tensors, Update
+
+
+@dataclass(frozen=True)
+class FedSGD(Method):
+    """$w \\leftarrow w - \\eta \\sum_k p_k \\nabla F_k(w)$ with $p_k = n_k / n$.
+
+    Args:
+        learning_rate: $\\eta$; the paper tunes it for each task.
+    """
+
+    paper: ClassVar[Paper | None] = Paper(
+        title="Communication-Efficient Learning of Deep Networks from Decentralized Data",
+        authors="McMahan, Moore, Ramage, Hampson, Agüera y Arcas",
+        year=2017,
+        venue="AISTATS",
+        arxiv="1602.05629",
+    )
+    up: ClassVar[str] = "the gradient of every tuned tensor"
+
+    learning_rate: float = 0.1
+
+    def local(self, client: Client, message: Tensors) -> Work:
+        """One gradient over all examples; no step."""
+        found = yield Gradient(self.compose(client, message), train=self.train)
+        metrics: Mapping[str, float] = {"loss": found.loss, "examples": found.examples}
+        return Update(trees.scale(found.tensors, -1.0), weight=client.member.examples, metrics=metrics)
+
+    def apply(self, state: State, combined: Update, rule: Rule) -> State:
+        """One step along the mean gradient."""
+        step = trees.scale(combined.tensors, self.learning_rate)
+        return super().apply(state, replace(combined, tensors=step), rule)
