@@ -1,0 +1,272 @@
+"""The clock of asynchronous schedules: who is at work, from which version of the model, and who finishes next.
+
+Time is simulated: a task takes as long as its client is slow, whatever this machine needs for it. All durations and
+draws are functions of names (:mod:`fedfm.core.seeds`), so the order of events is that of the run's seed.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import abstractmethod
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
+
+from fedfm.core import seeds
+from fedfm.core.method import Method, State
+from fedfm.core.traits import Trait, Traits
+from fedfm.core.update import Kind, Member, Tensors, Update
+from fedfm.errors import Incompatible, NoUpdates, RecipeError
+from fedfm.schedule.schedule import Memory, Schedule
+from fedfm.schedule.staleness import Discount, constant, hinge, polynomial
+
+if TYPE_CHECKING:
+    from fedfm.server import RoundServer
+
+
+class Task(NamedTuple):
+    """Client work under way.
+
+    Args:
+        finish: when it is done, in simulated time.
+        client: id of the client.
+        version: number of server updates in the model from which it started.
+    """
+
+    finish: float
+    client: str
+    version: int
+
+
+class Arrival(NamedTuple):
+    """An upload, and what the server knows of its start.
+
+    Args:
+        update: what the client sent.
+        member: who it is.
+        start: the message from which it started.
+        staleness: $u$, server updates since then.
+    """
+
+    update: Update
+    member: Member
+    start: Tensors
+    staleness: int
+
+
+class Clock:
+    """Tasks in flight at a moment of simulated time. Lives for one server update; its memory goes on.
+
+    Args:
+        seed: the run's seed.
+        ids: all clients, sorted.
+        concurrency: tasks in flight, as long as there are clients for them.
+        duration: simulated time that a client (id) takes for its task at a version.
+        memory: what :meth:`memory` gave before; empty at the beginning.
+    """
+
+    def __init__(
+        self,
+        seed: int,
+        ids: Sequence[str],
+        concurrency: int,
+        duration: Callable[[str, int], float],
+        memory: Memory,
+    ) -> None:
+        self._seed, self._ids, self._concurrency, self._duration = seed, ids, concurrency, duration
+        self.now: float = memory.get("now", 0.0)
+        self.version: int = memory.get("version", 0)
+        self._started: int = memory.get("started", 0)
+        self.flying = [Task(*task) for task in memory.get("flying", ())]
+        self._asked: set[str] = set()  # at this version, of which nobody was asked before
+
+    def memory(self) -> dict[str, Any]:
+        """What the clock of the next version needs to go on."""
+        return {
+            "now": self.now,
+            "version": self.version + 1,
+            "started": self._started,
+            "flying": tuple(tuple(task) for task in self.flying),
+        }
+
+    def finished(self, count: int) -> list[Task]:
+        """The next tasks to finish, ``count`` of them or as many as there are; of equal times, by client id."""
+        done: list[Task] = []
+        while len(done) < count:
+            self._fill()
+            if not self.flying:
+                break
+            first = min(self.flying)
+            self.flying.remove(first)
+            self.now = first.finish
+            done.append(first)
+        return done
+
+    def _fill(self) -> None:
+        """Start tasks until enough are in flight.
+
+        Clients are drawn uniformly among those that are neither in flight nor were asked at this version: at the same
+        version a client would draw the same numbers and send the same once more.
+        """
+        busy = self._asked | {task.client for task in self.flying}
+        free = [id for id in self._ids if id not in busy]
+        while free and len(self.flying) < self._concurrency:
+            client = free.pop(seeds.derive(self._seed, "schedule", "next", self._started) % len(free))
+            self.flying.append(Task(self.now + self._duration(client, self.version), client, self.version))
+            self._asked.add(client)
+            self._started += 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class Asynchronous(Schedule):
+    """What asynchronous schedules have in common. One step is one server update.
+
+    A client's work is done when it finishes, with the message of the version at which it started and the random draws
+    of the round after that version. When nobody is in flight and everybody was asked at this version, the server does
+    not wait for more.
+
+    Args:
+        concurrency: tasks in flight; 0 means as many as the sampler draws, which decides nothing else here.
+        discount: $s(u)$ by its name: ``constant``, ``polynomial`` or ``hinge``.
+        power: $c$ of the polynomial discount.
+        slope: $a$ of the hinge.
+        grace: $b$ of the hinge, in versions.
+        max_staleness: uploads with more versions than this between start and arrival are dropped; -1 drops none.
+        sigma: speeds of devices are log-normal, $\\ln v \\sim N(0, \\sigma^2)$, drawn once for each client by its name;
+            ``speed`` in a client's profile takes its place. A task takes $1 / v$ units of time.
+        jitter: standard deviation of the logarithm of what each single task adds to that as a factor.
+    """
+
+    needs: ClassVar[Traits] = frozenset({Trait.LINEAR, Trait.VISIBLE, Trait.ONE_ASK, Trait.FORGETFUL})
+    instead: ClassVar[Mapping[Trait, str]] = dict.fromkeys(needs, "Use a synchronous method, such as fedavg, instead.")
+
+    concurrency: int = 0
+    discount: Discount = "polynomial"
+    power: float = 0.5
+    slope: float = 10.0
+    grace: int = 4
+    max_staleness: int = -1
+    sigma: float = 1.0
+    jitter: float = 0.1
+
+    def __post_init__(self) -> None:
+        self._require("concurrency", self.concurrency >= 0, "at least 1, or 0 for as many as the sampler draws")
+        known = ("constant", "polynomial", "hinge")
+        self._require("discount", self.discount in known, f"one of {', '.join(known)}")
+        for name in ("power", "slope", "sigma", "jitter"):
+            self._require(name, 0 <= getattr(self, name) < math.inf, "at least 0 and finite")
+        self._require("grace", self.grace >= 0, "at least 0")
+        self._require("max_staleness", self.max_staleness >= -1, "at least 0, or -1 to drop none")
+
+    def _require(self, name: str, holds: bool, allowed: str) -> None:
+        if not holds:
+            raise RecipeError(f"{type(self).__name__} {name} must be {allowed}, but is {getattr(self, name)}.")
+
+    @property
+    @abstractmethod
+    def wanted(self) -> int:
+        """Uploads for one server update."""
+
+    @abstractmethod
+    def use(self, method: Method, server: RoundServer, state: State, arrivals: Sequence[Arrival]) -> State:
+        """The state after the server update (pure)."""
+
+    def weight(self, staleness: int) -> float:
+        """$s(u)$."""
+        if self.discount == "constant":
+            return constant(staleness)
+        if self.discount == "polynomial":
+            return polynomial(staleness, self.power)
+        return hinge(staleness, self.slope, self.grace)
+
+    def duration(self, seed: int, member: Member, version: int) -> float:
+        """Simulated time that a client takes for its task at a version.
+
+        Raises:
+            RecipeError: its profile has a speed that is none.
+        """
+        drawn = seeds.numpy_generator(seed, "device", member.id).lognormal(0.0, self.sigma)
+        speed = float(member.profile.get("speed", drawn))
+        if not 0 < speed < math.inf:
+            raise RecipeError(f"profiles.speed must be above 0 and finite, but is {speed} for client {member.id!r}.")
+        wobble = seeds.numpy_generator(seed, "device", member.id, version).lognormal(0.0, self.jitter)
+        return float(wobble) / speed
+
+    def advance(self, method: Method, server: RoundServer, state: State, memory: Memory) -> tuple[State, Memory]:
+        self._check(method, server)
+        seed = server.space.seed
+        clock = Clock(
+            seed,
+            server.ids,
+            self.concurrency or len(server.members),
+            lambda id, version: self.duration(seed, server.member(id), version),
+            memory,
+        )
+        # A client may finish many versions after its start, also in a resumed run, so its message is made of the state
+        # as it was.
+        states = {
+            **memory.get("states", {}),
+            str(clock.version): {f.name: getattr(state, f.name) for f in fields(state)},
+        }
+        arrivals: list[Arrival] = []
+        while missing := self.wanted - len(arrivals):
+            if not (done := clock.finished(missing)):
+                break
+            arrivals += self._work(
+                method, server, self._fresh(server, done, clock.version), clock.version, states, state
+            )
+        if not arrivals:
+            raise NoUpdates("everybody was asked, and nobody's update could be used")
+        # In the order of clients, so that rounding does not depend on that of the clock.
+        arrivals.sort(key=lambda arrival: (arrival.member.id, arrival.staleness))
+        after = self.use(method, server, state, arrivals)
+        server.notes["version"] = clock.version + 1
+        server.notes["simulated_time"] = clock.now
+        server.notes["staleness"] = [{"client": a.member.id, "staleness": a.staleness} for a in arrivals]
+        needed = {str(task.version) for task in clock.flying}
+        return after, {**clock.memory(), "states": {v: s for v, s in states.items() if v in needed}}
+
+    def _fresh(self, server: RoundServer, tasks: Sequence[Task], now: int) -> Iterator[Task]:
+        """The tasks that are not too old; the others are dropped and named."""
+        for task in tasks:
+            late = now - task.version
+            if 0 <= self.max_staleness < late:
+                reason = f"stale: {late} versions are more than the {self.max_staleness} allowed"
+                server.dropped.append({"client": task.client, "reason": reason})
+            else:
+                yield task
+
+    def _work(
+        self,
+        method: Method,
+        server: RoundServer,
+        tasks: Iterator[Task],
+        now: int,
+        states: Mapping[str, Mapping[str, Any]],
+        state: State,
+    ) -> Iterator[Arrival]:
+        """The uploads of finished tasks. Those of one version are asked together, since they can be trained so."""
+        together: dict[int, list[Member]] = defaultdict(list)
+        for task in tasks:
+            together[task.version].append(server.member(task.client))
+        for version, members in sorted(together.items()):
+            then = type(state)(**states[str(version)])
+            messages = {member: method.message(then, member) for member in members}
+            by_id = {member.id: member for member in members}
+            for update in server.ask("local", messages, round=version + 1):
+                member = by_id[update.member]
+                yield Arrival(update, member, messages[member], now - version)
+
+    def _check(self, method: Method, server: RoundServer) -> None:
+        """Raise ``Incompatible`` for what the traits cannot tell."""
+        me, name = type(self).__name__, type(method).__name__
+        if method.kind("local") is not Kind.DELTA:
+            raise Incompatible(
+                f"{me} weighs changes of weights, but {name} sends {method.kind('local')}. Leave {me} out."
+            )
+        if type(method).round is not Method.round:
+            raise Incompatible(f"{me} asks clients in its own order, but {name} has rounds of its own. Leave {me} out.")
+        if screens := server.federation.screens:
+            who = type(screens[0]).__name__
+            raise Incompatible(f"{who} compares the uploads of one round, which {me} does not have. Leave {who} out.")
