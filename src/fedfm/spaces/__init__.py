@@ -2,6 +2,7 @@
 
 from fedfm.spaces.full import Full
 from fedfm.spaces.lora import LoRA
+from fedfm.spaces.prompt import Prompt
 from fedfm.spaces.space import Attached, Space
 
-__all__ = ["Attached", "Full", "LoRA", "Space"]
+__all__ = ["Attached", "Full", "LoRA", "Prompt", "Space"]
