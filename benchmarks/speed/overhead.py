@@ -116,7 +116,7 @@ def overhead(pairs: int = 7) -> Iterator[tuple[str, float | str]]:
         loaded, FedIT(), people, Chat(max_length=128), space=LoRA(r=8), training=ARGS, evaluation=NEVER
     )
     link = federation._link(ClientStore(), federation.trainer)
-    state = federation.method.start(federation.bench.space)
+    state = federation.start()
     yield "start-up, s (goal 0.2)", time.perf_counter() - began
 
     ids = [i for i in federation.ids if i != "coding"][:pairs]

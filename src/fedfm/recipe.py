@@ -29,7 +29,6 @@ from fedfm.evaluate.assessment import Evaluation
 from fedfm.parts import Spec
 from fedfm.wire.admit import Limits
 
-
 _FOLDERS = {
     "rule": "rules",
     "mean": "robust",

@@ -1,0 +1,1 @@
+"""Every published method beside its baseline, on real data."""

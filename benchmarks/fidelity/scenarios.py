@@ -1,0 +1,284 @@
+"""Where claims are tried: clients with real text, a real model, a budget; small enough for one processor core.
+
+A scenario is made for one seed, which decides the rows, who has them, the new weights and every draw of the run.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import tempfile
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from datasets import Dataset
+from transformers import AutoTokenizer, BertConfig, BertForMaskedLM
+
+from fedfm.core import seeds
+from fedfm.core.plan import Members
+from fedfm.data import Chatterbot, Dirichlet, Iid, Natural, Partition, Pathological, Splits, federate, from_rows
+from fedfm.errors import ModelError
+from fedfm.models.embedded import EMBEDDED
+
+DATA = Path(__file__).parents[3] / "shared" / "data"
+"""Files too large or not ours to ship; where they are absent, data of an installed package stand in."""
+
+MINILM = "all-minilm-l6-v2"
+SMOLLM = "smollm2-135m-instruct"
+HELD_OUT = Splits(validation=0.1, test=0.35)
+LIAR = "liar"
+"""Beginning of the names of clients whose labels are wrong; they are not scored."""
+
+Rows = list[dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """Labelled text.
+
+    Args:
+        rows: with ``text`` and ``label``, a number from 0.
+        about: what it is, for the reader of a result.
+    """
+
+    rows: Rows
+    about: str
+
+    @property
+    def classes(self) -> int:
+        """Number of classes."""
+        return 1 + max(row["label"] for row in self.rows)
+
+    def some(self, count: int, seed: int) -> Rows:
+        """Rows drawn by the seed, without repetition."""
+        order = seeds.numpy_generator(seed, "fidelity", "rows").permutation(len(self.rows))
+        return [self.rows[i] for i in order[:count]]
+
+
+@cache
+def headlines() -> Corpus:
+    """Headlines of AG News in four classes."""
+    if not (place := DATA / "ag_news.csv").exists():
+        return topics()
+    with place.open(newline="", encoding="utf-8") as file:
+        rows = [{"text": title, "label": int(number) - 1} for number, title, _ in csv.reader(file)]
+    return Corpus(rows, "AG News headlines, 4 classes")
+
+
+@cache
+def questions(intents: int = 12) -> Corpus:
+    """Questions of bank customers; the intents with most rows."""
+    if not (place := DATA / "banking77_train.csv").exists():
+        return topics()
+    with place.open(newline="", encoding="utf-8") as file:
+        found = [(row["text"], row["category"]) for row in csv.DictReader(file)]
+    names = [intent for _, intent in found]
+    most = sorted(set(names), key=lambda n: (-names.count(n), n))[:intents]
+    rows = [{"text": text, "label": most.index(intent)} for text, intent in found if intent in most]
+    return Corpus(rows, f"Banking77 questions, {intents} intents")
+
+
+@cache
+def topics() -> Corpus:
+    """The stand-in: questions of the package chatterbot-corpus, by topic."""
+    names = ("trivia", "emotion", "ai", "coding", "psychology")
+    dialogues = Chatterbot(topics=names).load()
+    # A question may come with several answers; as text to classify it is one row.
+    labels = {d["messages"][0]["content"]: names.index(d["topic"]) for d in dialogues}
+    rows = [{"text": text, "label": label} for text, label in labels.items()]
+    return Corpus(rows, "chatterbot questions in 5 topics, in place of the data in ../shared, which is absent")
+
+
+def dealt(
+    corpus: Callable[[], Corpus], partition: Partition, count: int, public: int = 64
+) -> Callable[[int], dict[str, Any]]:
+    """Rows dealt to clients; some more that everybody has."""
+
+    def make(seed: int) -> dict[str, Any]:
+        rows = corpus().some(count + public, seed)
+        own = Dataset.from_list(rows[: -public or None])
+        return {"members": federate(own, partition, HELD_OUT, seed), "public": rows[len(own) :], **classes(corpus())}
+
+    return make
+
+
+def classes(corpus: Corpus) -> dict[str, Any]:
+    """How a model for this corpus is loaded."""
+    return {"model": minilm(), "load": {"num_labels": corpus.classes}}
+
+
+def lied(clients: int = 10, liars: int = 3, each: int = 48, public: int = 64) -> Callable[[int], dict[str, Any]]:
+    """Rows dealt by chance; some clients give every training row the label of the next class."""
+
+    def make(seed: int) -> dict[str, Any]:
+        corpus = headlines()
+        rows = corpus.some(clients * each + public, seed)
+        parts = {f"client-{i:02}": rows[i * each : (i + 1) * each] for i in range(clients)}
+        for name in list(parts)[-liars:]:
+            wrong = [{**r, "label": (r["label"] + 1) % corpus.classes} for r in parts.pop(name)]
+            parts[name.replace("client", LIAR)] = wrong
+        members = from_rows(parts, HELD_OUT, seed)
+        return {"members": members, "public": rows[clients * each :], **classes(corpus)}
+
+    return make
+
+
+def dialogues(seed: int) -> dict[str, Any]:
+    """Dialogues of the package chatterbot-corpus; each client has a topic."""
+    chosen = Chatterbot(topics=("ai", "emotion", "psychology"))
+    return {"members": federate(chosen, Natural("topic"), HELD_OUT, seed, max_examples=12)}
+
+
+def texts(seed: int) -> dict[str, Any]:
+    """Headlines without labels, and a small BERT that knows nothing yet."""
+    rows = headlines().some(480, seed)
+    members: Members = federate(Dataset.from_list(rows), Dirichlet(4, 0.5, min_partition_size=20), HELD_OUT, seed)
+    return {"members": members, "model": fresh_bert()}
+
+
+@cache
+def minilm() -> str:
+    """Folder of MiniLM without dropout, so that its frozen blocks are run once for each row."""
+    found = EMBEDDED[MINILM].local()
+    if found is None:
+        raise ModelError(f"{MINILM} comes from the package {EMBEDDED[MINILM].package}, which is not installed.")
+    folder = Path(tempfile.mkdtemp(prefix="fedfm-minilm-"))
+    for file in found.iterdir():
+        if file.name != "config.json":
+            (folder / file.name).symlink_to(file.resolve())
+    config = json.loads((found / "config.json").read_text())
+    still = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+    (folder / "config.json").write_text(json.dumps(config | still))
+    return str(folder)
+
+
+@cache
+def fresh_bert() -> str:
+    """Folder of a BERT of 4 blocks and width 128 with random weights and MiniLM's vocabulary."""
+    folder = tempfile.mkdtemp(prefix="fedfm-bert-")
+    tokenizer = AutoTokenizer.from_pretrained(minilm())
+    config = BertConfig(
+        vocab_size=len(tokenizer), hidden_size=128, intermediate_size=512, num_hidden_layers=4, num_attention_heads=4
+    )
+    BertForMaskedLM(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@dataclass(frozen=True)
+class Scenario:
+    """A place where a claim is tried.
+
+    Args:
+        about: clients and split in words; the corpus is named before it.
+        make: members, public rows and how the model is loaded, for a seed.
+        settings: arguments of ``Federation`` in the spelling of recipes.
+        model: its name; ``make`` may give a folder where it lies.
+        corpus: whose rows they are, if it depends on what is installed.
+    """
+
+    about: str
+    make: Callable[[int], Mapping[str, Any]]
+    settings: Mapping[str, Any]
+    model: str = MINILM
+    corpus: Callable[[], Corpus] | None = None
+
+    def describe(self) -> str:
+        """Data, clients and model in one sentence."""
+        return ", ".join([*([self.corpus().about] if self.corpus else []), self.about, self.model])
+
+
+ADAMW = {"max_steps": 4, "per_device_train_batch_size": 8, "learning_rate": 1e-2}
+SGD = {"max_steps": 4, "per_device_train_batch_size": 8, "learning_rate": 0.3, "optim": "sgd", "max_grad_norm": 0.0}
+UPPER = {"kind": "lora", "r": 4, "lora_alpha": 16, "layers_to_transform": [5]}
+STEEP = {**UPPER, "lora_alpha": 64}
+"""For SGD, which has one learning rate for the factors and the much steeper head."""
+HEADLINES: dict[str, Any] = {
+    "task": {"kind": "classify", "max_length": 24},
+    "space": UPPER,
+    "training": ADAMW,
+    "rounds": 10,
+    "sampler": {"kind": "uniform", "count": 4},
+}
+EVERYONE = {"kind": "uniform", "fraction": 1.0}
+SKEW = "8 clients by Dirichlet 0.3"
+skewed = dealt(headlines, Dirichlet(8, 0.3, min_partition_size=10), 480)
+
+
+def _headlines(about: str, make: Callable[[int], Mapping[str, Any]] = skewed, **changes: Any) -> Scenario:
+    return Scenario(about, make, {**HEADLINES, **changes}, corpus=headlines)
+
+
+SCENARIOS: dict[str, Scenario] = {
+    "agnews": _headlines(f"{SKEW}, 4 a round, AdamW"),
+    "agnews-sgd": _headlines(f"{SKEW}, 4 a round, SGD", training=SGD, space=STEEP),
+    "agnews-iid": _headlines(
+        "8 clients dealt by chance, AdamW", dealt(headlines, Iid(8), 480), sampler=EVERYONE, rounds=5
+    ),
+    "ranks": _headlines(
+        f"{SKEW}, 4 a round, LoRA ranks 2, 4 and 8, AdamW",
+        space={**UPPER, "r": 8},
+        profiles={"rank": (2, 4, 8)},
+    ),
+    "stragglers": _headlines(
+        f"{SKEW}, 4 a round, local work of 1, 4 and 12 steps, SGD",
+        training=SGD,
+        space=STEEP,
+        profiles={"work": (0.25, 1, 3)},
+    ),
+    "speeds": _headlines(
+        f"{SKEW}, speeds 1, 2 and 8, SGD",
+        training=SGD,
+        space=STEEP,
+        sampler=EVERYONE,
+        rounds=4,
+        profiles={"speed": (1, 2, 8)},
+    ),
+    "liars": _headlines(
+        "10 clients dealt by chance, 3 of them with wrong labels, AdamW", lied(), sampler=EVERYONE, rounds=4
+    ),
+    "one-shot": _headlines(
+        "8 clients dealt by chance, one round of 24 steps, AdamW",
+        dealt(headlines, Iid(8), 480),
+        sampler=EVERYONE,
+        rounds=1,
+        training={**ADAMW, "max_steps": 24},
+    ),
+    "prompt": _headlines(
+        f"{SKEW}, 4 a round, 8 prompt vectors, AdamW", space={"kind": "prompt", "num_virtual_tokens": 8}, rounds=3
+    ),
+    "banking": Scenario(
+        "8 clients with 3 classes each, 4 a round, AdamW",
+        dealt(questions, Pathological(8, 3), 640),
+        {**HEADLINES, "task": {"kind": "classify", "max_length": 32}},
+        corpus=questions,
+    ),
+    "dialogues": Scenario(
+        "chatterbot dialogues, 3 clients by topic, all in each round, AdamW",
+        dialogues,
+        {
+            "task": {"kind": "chat", "max_length": 72},
+            "space": {"kind": "lora", "r": 4, "lora_alpha": 16, "layers_to_transform": [29]},
+            "training": {"max_steps": 4, "per_device_train_batch_size": 2, "learning_rate": 5e-3},
+            "rounds": 3,
+            "sampler": EVERYONE,
+        },
+        model=SMOLLM,
+    ),
+    "masked": Scenario(
+        "without labels, 4 clients by Dirichlet 0.5, AdamW",
+        texts,
+        {
+            "task": {"kind": "masked-lm", "max_length": 24},
+            "space": "full",
+            "training": {**ADAMW, "learning_rate": 1e-3},
+            "rounds": 6,
+            "sampler": EVERYONE,
+        },
+        model="a BERT of 4 blocks from random weights",
+        corpus=headlines,
+    ),
+}
