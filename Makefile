@@ -4,7 +4,7 @@ PYTHON ?= python3
 PIP := $(VENV)/bin/pip --disable-pip-version-check
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test bench-speed clean
+.PHONY: demo test bench-speed fidelity clean
 
 # Federated tuning of a real language model on real dialogues; see recipes/demo.yaml.
 demo: $(STAMP)-demo
@@ -17,9 +17,15 @@ test: $(STAMP)-test
 	$(VENV)/bin/mypy
 	HF_HUB_OFFLINE=1 $(VENV)/bin/pytest
 
-# The engine beside a plain PyTorch loop; prints ratios.
-bench-speed: $(STAMP)-demo
+# The engine beside a plain PyTorch loop, many clients at once beside one by one, FedKSeed beside inference; ratios.
+bench-speed: $(STAMP)-test
 	HF_HUB_OFFLINE=1 $(VENV)/bin/python benchmarks/speed/overhead.py
+	HF_HUB_OFFLINE=1 $(VENV)/bin/python benchmarks/speed/fused.py
+	HF_HUB_OFFLINE=1 $(VENV)/bin/python -m benchmarks.speed.fedkseed_memory
+
+# A method's claim, tried: make fidelity METHOD=fedprox; without METHOD, all of them (an hour).
+fidelity: $(STAMP)-test
+	HF_HUB_OFFLINE=1 $(VENV)/bin/python -m benchmarks.fidelity.run $(or $(METHOD),--all) --table
 
 $(STAMP)-demo: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "fedfm needs Python 3.11 or newer; say which with: make PYTHON=/path/to/python3.11")'

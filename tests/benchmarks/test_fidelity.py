@@ -13,6 +13,7 @@ from benchmarks.fidelity import run, scenarios, table, trial
 from benchmarks.fidelity.claim import Claim
 from benchmarks.fidelity.claims import CLAIMS, UNTRIED
 from benchmarks.fidelity.scenarios import SCENARIOS, Scenario
+from benchmarks.fidelity.trial import SEEDS
 from fedfm import parts
 from fedfm.data import Iid, federate
 from fedfm.evaluate import Assessment
@@ -131,7 +132,7 @@ def tiny(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, bert_folder: Path) -> 
 def test_a_result_holds_what_is_promised(tiny: Path) -> None:
     assert run.main(["local-only"]) == 0
     result = json.loads((tiny / "results" / "local-only.json").read_text())
-    assert result["seeds"] == [0, 1, 2]
+    assert result["seeds"] == list(SEEDS)
     for who in ("method", "baseline"):
         assert len(result[who]["values"]) == 3
         assert {"mean", "spread", "bytes_up", "bytes_down", "seconds", "memory_mb"} <= result[who].keys()
