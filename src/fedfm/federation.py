@@ -2,33 +2,29 @@
 
 from __future__ import annotations
 
-import resource
-import sys
-import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fedfm.core import seeds, traits, trees
+from fedfm.core import traits
 from fedfm.core.mean import WeightedMean
 from fedfm.core.method import Mean, Method, Rule, State
 from fedfm.core.plan import Members, Plan, Profiled, Sampler, Training
 from fedfm.core.space import Layout
 from fedfm.core.traits import Part, Trait
 from fedfm.core.update import Tensors
-from fedfm.errors import FedfmError, Incompatible, NoUpdates, RecipeError, Stopped
+from fedfm.errors import Incompatible, RecipeError, Stopped
 from fedfm.evaluate.assessment import Assessment, Evaluation, assess
 from fedfm.links.inprocess import InProcess
 from fedfm.links.link import Link
 from fedfm.observe.observer import Observer
 from fedfm.robust.screen import Screen
+from fedfm.rounds import Outcome, Rounds
 from fedfm.rules.add import Add
 from fedfm.sample.uniform import Uniform
 from fedfm.schedule.schedule import Schedule
 from fedfm.schedule.synchronous import Synchronous
-from fedfm.server import RoundServer
 from fedfm.spaces.lora import LoRA
 from fedfm.spaces.space import Space
 from fedfm.store.clients import ClientStore
@@ -44,31 +40,6 @@ from fedfm.wire.stage import Setting, Stage
 
 if TYPE_CHECKING:
     from fedfm.models import Loaded
-
-PATIENCE = 3
-"""Rounds in a row in which every participant was dropped before the run fails."""
-
-
-@dataclass
-class Outcome:
-    """What a run leaves.
-
-    Args:
-        status: ``completed`` or ``stopped``.
-        state: the server's state after the last round.
-        records: one per round, as in ``metrics.jsonl``; round 0 is the model before training.
-        folder: the run folder, if there is one.
-    """
-
-    status: str
-    state: State
-    records: list[dict[str, Any]]
-    folder: Path | None = None
-
-    @property
-    def adapter(self) -> Path | None:
-        """Folder of the trained adapter or model."""
-        return self.folder / "final" if self.folder else None
 
 
 class Federation:
@@ -127,7 +98,7 @@ class Federation:
         limits: Limits | None = None,
         seed: int = 0,
         load: Mapping[str, Any] | None = None,
-        link: type[InProcess] = InProcess,
+        link: type[Link] = InProcess,
     ) -> None:
         if rounds < 1:
             raise RecipeError(f"rounds must be at least 1, but is {rounds}.")
@@ -166,8 +137,8 @@ class Federation:
         self.ids = sorted(self.plan.members.ids)
         self.setting = Setting(self.stages, self.plan.sampler, len(self.ids))
         self.composition = self.check()
-        self._observers: Sequence[Observer] = ()
         self._stop = False
+        self._observers: Sequence[Observer] = ()
 
     def check(self) -> list[traits.Link]:
         """How the parts compose, line by line.
@@ -316,7 +287,7 @@ class Federation:
         if isinstance(folder, (str, Path)):
             opened = RunFolder(folder, resume=resume, overwrite=overwrite)
             try:
-                outcome = self._run(opened, resume, observers)
+                outcome = Rounds(self, opened, observers).run(resume)
                 opened.finish(outcome.status)
                 return outcome
             except BaseException as error:
@@ -325,50 +296,7 @@ class Federation:
                 raise
             finally:
                 opened.close()
-        return self._run(folder, resume, observers)
-
-    def _run(self, folder: RunFolder | None, resume: bool, observers: Sequence[Observer]) -> Outcome:
-        self._stop, self._observers = False, observers
-        store = folder.clients if folder else ClientStore()
-        link = self._link(store, self.trainer)
-        state = self.start()
-        memory: Mapping[str, Any] = {}
-        done, idle, records = 0, 0, []
-        identity = self._identity()
-        if folder and resume and (found := folder.checkpoints.read(type(state))):
-            done, state, extra = found
-            idle, memory = extra["idle"], extra["schedule"]
-            _same(extra["identity"], identity)
-        if folder and resume:
-            folder.rewind(done if done else -1)
-            records = folder.records()
-        for observer in observers:
-            observer.started(self.method.id, self.plan.rounds, done, (self.plan.rounds - done) * self.expected_steps())
-        status = "stopped"
-        try:
-            if not records:
-                self._record(folder, records, self._before(link, state))
-            for round in range(done + 1, self.plan.rounds + 1):
-                if self._spent(round):
-                    break
-                state, memory, record, idle = self._round(link, state, memory, round, idle)
-                self._record(folder, records, record)
-                if folder:
-                    extra = {"identity": identity, "idle": idle, "schedule": memory}
-                    folder.checkpoints.write(round, state, extra)
-                    folder.clients.commit(round)
-            status = "completed"
-        except Stopped:
-            pass
-        except BaseException:
-            status = "failed"
-            raise
-        finally:
-            for observer in observers:
-                observer.finished(status)
-        if folder and status == "completed":
-            self.save(state, folder.final)
-        return Outcome(status, state, records, folder.path if folder else None)
+        return Rounds(self, folder, observers).run(resume)
 
     def assess(self, state: State, phase: str = "test", store: ClientStore | None = None) -> Assessment | None:
         """Score every client's model, also of a method that pools clients, by ``validate`` or ``test``.
@@ -387,7 +315,21 @@ class Federation:
         if tensors := self.result(state):
             self.bench.space.save(tensors, folder)
 
-    def _link(self, store: ClientStore, trainer: Trainer) -> InProcess:
+    def validate(self, link: Link, state: State) -> Assessment | None:
+        """Score the clients that are scored during training."""
+        return self._assess(link, state, "validate", self.plan.members, self._panel)
+
+    def connect(self, store: ClientStore, observers: Sequence[Observer] = ()) -> Link:
+        """The clients as the server reaches them in a run.
+
+        Args:
+            store: their private state.
+            observers: told of steps.
+        """
+        self._stop, self._observers = False, observers
+        return self._link(store, self.trainer)
+
+    def _link(self, store: ClientStore, trainer: Trainer) -> Link:
         return self.link(
             self.method,
             trainer,
@@ -407,62 +349,6 @@ class Federation:
             for observer in self._observers:
                 observer.stepped(steps)
 
-    def _before(self, link: Link, state: State) -> dict[str, Any]:
-        """Round 0: the model as it is before training."""
-        began = time.monotonic()
-        scores = (
-            self._assess(link, state, "validate", self.plan.members, self._panel) if self.evaluation.every else None
-        )
-        return {
-            "round": 0,
-            "seconds": round(time.monotonic() - began, 3),
-            "validation": scores.to_json() if scores else None,
-            "trainable_parameters": trees.count(trees.select(self.bench.space.initial, self.method.train)),
-            "shared_parameters": trees.count(trees.select(self.bench.space.initial, self.method.share)),
-        }
-
-    def _spent(self, round: int) -> bool:
-        """Whether a round would spend more privacy than there is."""
-        budget = max((s.max_epsilon for s in self.stages if isinstance(s, Gaussian)), default=0.0)
-        spent = self.privacy(round) if budget else None
-        return spent is not None and spent["epsilon"] > budget
-
-    def _round(
-        self, link: Link, state: State, memory: Mapping[str, Any], number: int, idle: int
-    ) -> tuple[State, Mapping[str, Any], dict[str, Any], int]:
-        """One round: the new state and schedule's memory, its record, how many rounds in a row brought nothing."""
-        began = time.monotonic()
-        chosen = self.plan.sampler.sample(self.ids, number, self.seed)
-        server = RoundServer(self, link, number, tuple(self.plan.members.member(i) for i in chosen))
-        before = state
-        try:
-            if chosen or server.private:
-                state, memory = self.schedule.advance(self.method, server, state, memory)
-            idle = 0
-        except NoUpdates as error:
-            idle += 1
-            if idle >= PATIENCE:
-                first = server.dropped[0] if server.dropped else {"client": "nobody", "reason": str(error)}
-                raise FedfmError(
-                    f"every client was dropped in {idle} rounds in a row; in round {number}, "
-                    f"{first['client']!r}: {first['reason']}"
-                ) from error
-        for audit in self.audits:
-            server.notes[audit.id] = audit.look(server, self.method, before, server.seen)
-        record = server.record()
-        trained = time.monotonic()
-        due = self.evaluation.every and (number % self.evaluation.every == 0 or number == self.plan.rounds)
-        scores = self._assess(link, state, "validate", self.plan.members, self._panel) if due else None
-        record |= {
-            "validation": scores.to_json() if scores else None,
-            "learning_rate": self.trainer.learning_rate(number),
-            "seconds": round(trained - began, 3),
-            "evaluation_seconds": round(time.monotonic() - trained, 3),
-            "peak_memory_mb": peak_memory_mb(),
-            "privacy": self.privacy(number),
-        }
-        return state, memory, record, idle
-
     def _assess(self, link: Link, state: State, phase: str, members: Members, ids: Sequence[str]) -> Assessment | None:
         messages = {m: self.method.message(state, m) for m in map(members.member, ids)}
         replies = link.ask(phase, 0, messages)
@@ -474,33 +360,6 @@ class Federation:
         if len(self.ids) <= self.evaluation.max_clients:
             return self.ids
         return Uniform(count=self.evaluation.max_clients).sample(self.ids, 0, self.seed)
-
-    def _record(self, folder: RunFolder | None, records: list[dict[str, Any]], record: dict[str, Any]) -> None:
-        records.append(record)
-        if folder:
-            folder.append(record)
-        for observer in self._observers:
-            observer.round_finished(record)
-
-    def _identity(self) -> dict[str, str]:
-        """What must be the same for a run to go on."""
-        training = replace(self.plan.training, per_device_eval_batch_size=1)
-        return {
-            "method": repr(self.method),
-            "space": repr(self.space),
-            "task": repr(self.task),
-            "training": repr(training),
-            "sampler": repr(self.plan.sampler),
-            "stages": repr(self.stages),
-            "rule": repr(self.rule),
-            "mean": repr(self.mean),
-            "screens": repr(self.screens),
-            "schedule": repr(self.schedule),
-            "profiles": repr(self.profiles),
-            "seed": repr(self.seed),
-            "model": self.bench.loaded.name,
-            "members": f"{len(self.ids)} clients, {seeds.derive(0, *self.ids[:1000]):x}",
-        }
 
 
 def composed(method: Method, given: Mapping[str, Any]) -> dict[str, Any]:
@@ -521,18 +380,3 @@ def composed(method: Method, given: Mapping[str, Any]) -> dict[str, Any]:
                 f"its {name}. Leave {name} out, or choose another method."
             )
     return out
-
-
-def peak_memory_mb() -> int:
-    """Largest resident memory of this process so far, in MB."""
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return round(peak * (1 if sys.platform == "darwin" else 1024) / 1e6)
-
-
-def _same(before: Mapping[str, str], now: Mapping[str, str]) -> None:
-    for name, value in now.items():
-        if before.get(name) != value:
-            raise RecipeError(
-                f"cannot resume: {name} was {before.get(name)} and is now {value}. Restore it, or start a new run in "
-                "another output_dir."
-            )

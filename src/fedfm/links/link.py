@@ -4,9 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import ClassVar, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 from fedfm.core.update import Member, Tensors, Update
+
+if TYPE_CHECKING:
+    from fedfm.core.method import Method
+    from fedfm.store.clients import ClientStore
+    from fedfm.train.trainer import Trainer
 
 
 def _nothing() -> None:
@@ -43,6 +48,10 @@ class Link(Protocol):
 
     simulated: ClassVar[bool]
     """Whether all clients' data are in this process, so that references which pool them may run."""
+
+    def __init__(self, method: Method, trainer: Trainer, store: ClientStore, **settings: Any) -> None:
+        """The link of a run; settings are those of :class:`fedfm.links.worker.Worker`."""
+        ...
 
     def ask(self, phase: str, round: int, messages: Mapping[Member, Tensors]) -> Iterator[Reply]:
         """One reply for each message, in the order of member ids, each as soon as it is there."""
