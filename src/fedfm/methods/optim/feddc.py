@@ -1,47 +1,49 @@
 """FedDC: Gao et al. 2022, FedDC: Federated Learning with Non-IID Data via Local Drift Decoupling and Correction
 (arXiv 2203.11751).
 
-Each client learns how far it drifts from the global model, trains with a penalty that allows for that drift, and sends
-its weights with the drift put back. A linear term corrects its gradients by what clients did in the round before.
+Each client learns how far it drifts from the global model and trains with a penalty that allows for that drift; the
+server puts the mean drift back. Gradients are corrected by control variates, as in SCAFFOLD.
 
 Differences from the paper:
-- A client sends changes instead of weights.
-- Changes are kept per unit of $\\eta K$ (learning rate times steps) instead of being divided by it when used; with the
-  same steps in all rounds this is the same, and clients of different pace remain comparable.
+- The drift that the server puts back is the mean over all clients, also those that did not take part, as in the
+  authors' code; Algorithm 1 adds the drifts of the participants, which pulls the model to whoever was drawn last.
+- The correction is by control variates that a client updates from what it was told and what it did, as in the authors'
+  code; the text takes the changes of the last round, which are the same when everybody takes part in each round.
+- Clients count the same, as in the authors' code.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
-from typing import ClassVar
+from typing import ClassVar, cast
 
 import torch
 
 from fedfm.core import trees
-from fedfm.core.jobs import Fit, Term
-from fedfm.core.method import Client, Method, Paper, Rule, State, Work
+from fedfm.core.jobs import Term
+from fedfm.core.method import Client, Paper, Rule, State, Work
 from fedfm.core.space import Layout
-from fedfm.core.terms import Linear, Proximal
-from fedfm.core.traits import Trait, Traits
-from fedfm.core.update import Member, Tensors, Update
+from fedfm.core.terms import Proximal
+from fedfm.core.update import Tensors, Update
+from fedfm.methods.optim.scaffold import Controlled, Scaffold
 
 
 @dataclass(frozen=True)
-class Decoupled(State):
+class Decoupled(Controlled):
     """State of FedDC.
 
     Args:
-        pull: $g$, the mean change of the last round, per unit of $\\eta K$.
+        drift: $h$, the mean over all clients of their drifts, by name.
     """
 
-    pull: Tensors = field(default_factory=dict)
+    drift: Tensors = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
-class FedDC(Method):
+class FedDC(Scaffold):
     """$w_k \\approx \\arg\\min_v F_k(v) + \\frac{\\alpha}{2} \\lVert h_k + v - w \\rVert^2 +
-    \\langle v, g_k - g \\rangle$ and $h_k \\leftarrow h_k + w_k - w$; on the server
-    $w \\leftarrow \\sum_k p_k (w_k + h_k)$ and $g \\leftarrow \\sum_k p_k g_k$.
+    \\langle v, c - c_k \\rangle$ and $h_k \\leftarrow h_k + w_k - w$; on the server
+    $w \\leftarrow \\frac{1}{m} \\sum_k w_k + \\frac{1}{N} \\sum_k h_k$, and control variates as in SCAFFOLD.
 
     Args:
         alpha: $\\alpha$, weight of the drift penalty; the paper's are 0.005 to 0.1.
@@ -54,40 +56,30 @@ class FedDC(Method):
         venue="CVPR",
         arxiv="2203.11751",
     )
-    traits: ClassVar[Traits] = Method.traits - {Trait.FORGETFUL}
-    up: ClassVar[str] = "the change of every tuned tensor with the drift, and the change alone"
-    down: ClassVar[str] = "every tuned tensor and the mean change"
 
     alpha: float = 0.01
 
     def start(self, space: Layout) -> Decoupled:
         weights = trees.select(space.initial, self.share)
-        return Decoupled(weights, pull={name: torch.zeros_like(tensor) for name, tensor in weights.items()})
-
-    def message(self, state: State, member: Member) -> Tensors:
-        assert isinstance(state, Decoupled)
-        return {**state.weights, **trees.mark("g", state.pull)}
+        zeros = {name: torch.zeros_like(tensor) for name, tensor in weights.items()}
+        return Decoupled(weights, control=zeros, clients=space.clients, drift=zeros)
 
     def terms(self, client: Client, message: Tensors) -> tuple[Term, ...]:
         """The penalty around the weights less the drift, and the correction of the gradient."""
-        weights, pull = trees.marked("", message), trees.marked("g", message)
-        drift, own = trees.marked("h", client.private), trees.marked("g", client.private)
-        center = trees.subtract(weights, drift) if drift else weights
-        slope = trees.subtract(own, pull) if own else trees.scale(pull, -1.0)
-        return Proximal(self.alpha, center), Linear(slope)
+        weights, drift = trees.marked("", message), trees.marked("h", client.private)
+        return Proximal(self.alpha, trees.subtract(weights, drift) if drift else weights), *super().terms(
+            client, message
+        )
 
     def local(self, client: Client, message: Tensors) -> Work:
-        before = self.compose(client, message)
-        fitted = yield Fit(before, train=self.train, terms=self.terms(client, message))
-        change = trees.subtract(fitted.tensors, before)
-        drift = trees.marked("h", client.private)
-        drift = trees.add(drift, change) if drift else change
-        own = trees.scale(change, 1 / (fitted.learning_rate * fitted.steps))
-        client.keep({**trees.mark("h", drift), **trees.mark("g", own)})
-        payload = {**trees.add(change, drift), **trees.mark("g", own)}
-        return Update(payload, weight=client.member.examples, metrics=fitted.metrics)
+        update = yield from super().local(client, message)
+        change, control = trees.marked("", update.tensors), trees.marked("c", update.tensors)
+        client.keep(trees.total((client.private, control, trees.mark("h", change))))
+        return update
 
     def apply(self, state: State, combined: Update, rule: Rule) -> State:
         assert isinstance(state, Decoupled)
-        weights, memory = rule(state.weights, trees.marked("", combined.tensors), state.memory)
-        return replace(state, weights=weights, memory=memory, pull=trees.marked("g", combined.tensors))
+        share = combined.weight / state.clients
+        drift = trees.add(state.drift, trees.marked("", combined.tensors), share)
+        after = cast(Decoupled, super().apply(state, combined, rule))
+        return replace(after, weights=trees.add(after.weights, drift), drift=drift)

@@ -81,8 +81,8 @@ class Scaffold(Method):
 
     def terms(self, client: Client, message: Tensors) -> tuple[Term, ...]:
         """The correction of the gradient, $c - c_k$."""
-        control = trees.marked("c", message)
-        return (Linear(trees.subtract(control, client.private) if client.private else control),)
+        control, own = trees.marked("c", message), trees.marked("", client.private)
+        return (Linear(trees.subtract(control, own) if own else control),)
 
     def local(self, client: Client, message: Tensors) -> Work:
         before = self.compose(client, message)
@@ -90,7 +90,7 @@ class Scaffold(Method):
         change = trees.subtract(fitted.tensors, before)
         moved = trees.scale(trees.marked("c", message), -1.0)
         moved = trees.add(moved, change, -1 / (fitted.steps * fitted.learning_rate))
-        client.keep(trees.add(moved, client.private) if client.private else moved)
+        client.keep(trees.total((client.private, moved)))
         return Update({**change, **trees.mark("c", moved)}, weight=1.0, metrics=fitted.metrics)
 
     def apply(self, state: State, combined: Update, rule: Rule) -> State:
