@@ -87,7 +87,7 @@ CLAIMS: dict[str, Claim] = {
         "Better for the clients than FedIT under label skew, as each keeps its own B.",
         against={"method": "fedit"},
         metric="mean accuracy",
-        note="A client that is asked five times in ten rounds trains its own B in few steps.",
+        note="A client that is asked in half of the rounds trains its own B in few steps.",
     ),
     "flora-stacking": Claim(
         "Exact aggregation beats truncated and zero-padded factors where ranks differ.",

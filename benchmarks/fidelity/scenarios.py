@@ -194,7 +194,7 @@ class Scenario:
         return ", ".join([*([self.corpus().about] if self.corpus else []), self.about, self.model])
 
 
-ADAMW = {"max_steps": 4, "per_device_train_batch_size": 8, "learning_rate": 5e-3}
+ADAMW = {"max_steps": 4, "per_device_train_batch_size": 8, "learning_rate": 2e-3}
 SGD = {"max_steps": 4, "per_device_train_batch_size": 8, "learning_rate": 0.1, "optim": "sgd", "max_grad_norm": 0.0}
 UPPER = {"kind": "lora", "r": 4, "lora_alpha": 16, "layers_to_transform": [5]}
 STEEP = {**UPPER, "lora_alpha": 64}
@@ -203,7 +203,7 @@ HEADLINES: dict[str, Any] = {
     "task": {"kind": "classify", "max_length": 24},
     "space": UPPER,
     "training": ADAMW,
-    "rounds": 10,
+    "rounds": 30,
     "sampler": {"kind": "uniform", "count": 4},
 }
 EVERYONE = {"kind": "uniform", "fraction": 1.0}
@@ -217,9 +217,9 @@ def _headlines(about: str, make: Callable[[int], Mapping[str, Any]] = skewed, **
 
 SCENARIOS: dict[str, Scenario] = {
     "agnews": _headlines(f"{SKEW}, 4 a round, AdamW"),
-    "agnews-sgd": _headlines(f"{SKEW}, 4 a round, SGD", training=SGD, space=STEEP, rounds=30),
+    "agnews-sgd": _headlines(f"{SKEW}, 4 a round, SGD", training=SGD, space=STEEP),
     "agnews-iid": _headlines(
-        "8 clients dealt by chance, AdamW", dealt(headlines, Iid(8), 480), sampler=EVERYONE, rounds=5
+        "8 clients dealt by chance, AdamW", dealt(headlines, Iid(8), 480), sampler=EVERYONE, rounds=10
     ),
     "ranks": _headlines(
         f"{SKEW}, 4 a round, LoRA ranks 2, 4 and 8, AdamW",
@@ -230,7 +230,6 @@ SCENARIOS: dict[str, Scenario] = {
         f"{SKEW}, 4 a round, local work of 1, 4 and 12 steps, SGD",
         training=SGD,
         space=STEEP,
-        rounds=30,
         profiles={"work": (0.25, 1, 3)},
     ),
     "speeds": _headlines(
@@ -238,10 +237,11 @@ SCENARIOS: dict[str, Scenario] = {
         training=SGD,
         space=STEEP,
         sampler=EVERYONE,
+        rounds=10,
         profiles={"speed": (1, 2, 8)},
     ),
     "liars": _headlines(
-        "10 clients dealt by chance, 3 of them with wrong labels, AdamW", lied(), sampler=EVERYONE, rounds=8
+        "10 clients dealt by chance, 3 of them with wrong labels, AdamW", lied(), sampler=EVERYONE, rounds=15
     ),
     "one-shot": _headlines(
         "8 clients dealt by chance, one round of 24 steps, AdamW",
@@ -251,7 +251,10 @@ SCENARIOS: dict[str, Scenario] = {
         training={**ADAMW, "max_steps": 24},
     ),
     "prompt": _headlines(
-        f"{SKEW}, 4 a round, 8 prompt vectors, AdamW", space={"kind": "prompt", "num_virtual_tokens": 8}, rounds=3
+        f"{SKEW}, 4 a round, 8 prompt vectors, AdamW",
+        space={"kind": "prompt", "num_virtual_tokens": 8},
+        training={**ADAMW, "learning_rate": 1e-2},
+        rounds=3,
     ),
     "banking": Scenario(
         "8 clients with 3 classes each, 4 a round, AdamW",
