@@ -28,7 +28,7 @@ from fedfm.models import Loaded, load
 from fedfm.spaces import LoRA
 from fedfm.tasks import Chat
 
-torch.set_num_threads(2)
+torch.set_num_threads(1)
 
 CHATML = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"

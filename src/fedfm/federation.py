@@ -166,10 +166,12 @@ class Federation:
                         f"{type(self.method).__name__} sends {kind} in its task {phase!r}. "
                         f"Leave {type(stage).__name__} out."
                     )
-            stage.fits(self.setting)
         between = [*self.audits, *self.screens]
         parts = [self.plan.sampler, *self.stages, *between, self.mean, self.rule, self.schedule]
-        return traits.check(self.method, [p for p in parts if isinstance(p, Part)])
+        composition = traits.check(self.method, [p for p in parts if isinstance(p, Part)])
+        for stage in self.stages:
+            stage.fits(self.setting)
+        return composition
 
     @cached_property
     def layout(self) -> Layout:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from fedfm.core import seeds
+from fedfm.core import seeds, trees
 from fedfm.core.client import View
 from fedfm.core.jobs import Job
 from fedfm.core.method import Mean, Rule
@@ -17,7 +17,7 @@ from fedfm.core.traits import Trait
 from fedfm.core.update import Member, Tensors, Update
 from fedfm.errors import BadUpdate, NoUpdates
 from fedfm.links.link import Link, Reply
-from fedfm.wire.admit import admit
+from fedfm.wire.admit import admit, at_rank
 from fedfm.wire.stage import Stage
 
 if TYPE_CHECKING:
@@ -107,6 +107,10 @@ class RoundServer:
         method = self.federation.method
         return Trait.ALIGNED in method.traits and phase == method.phases[-1]
 
+    @property
+    def _shared(self) -> Tensors:
+        return trees.select(self.space.initial, self.federation.method.share)
+
     def _alike(self, updates: list[Update]) -> Iterator[Update]:
         """The uploads with the most frequent names and shapes; of equally frequent ones, those of the first client."""
         shapes = [tuple(sorted((name, tuple(t.shape)) for name, t in u.tensors.items())) for u in updates]
@@ -140,7 +144,10 @@ class RoundServer:
                     raise BadUpdate(reply.reason)
                 for stage in reversed(self.federation.stages):
                     update = stage.receive(update, like)
-                admit(update, kind, like if aligned else None, self.federation.limits)
+                if Trait.ANY_RANK in method.traits and phase == method.phases[-1]:
+                    admit(update, kind, at_rank(update, like or self._shared), self.federation.limits)
+                else:
+                    admit(update, kind, like if aligned else None, self.federation.limits)
             except BadUpdate as error:
                 self.dropped.append({"client": reply.member.id, "reason": str(error)})
                 continue

@@ -184,6 +184,57 @@ def test_check_and_methods(workplace: Path) -> None:
     assert "2305.05644" in fedfm(workplace, "methods", "fedit").stdout
 
 
+def test_parts_of_all_sorts_come_from_a_recipe(workplace: Path) -> None:
+    sets = {
+        "output_dir": "parts",
+        "references": "[]",
+        "data.public": "0.1",
+        "method": "fedprox",
+        "sampler": "{kind: poisson, rate: 1.0}",
+        "stages": "[{kind: clip, max_norm: 0.5}, {kind: qsgd, levels: 3}]",
+        "screens": "[{kind: multi-krum, hostile: 0, keep: 2}]",
+        "rule": "{kind: adam, learning_rate: 0.01}",
+        "audits": "[{kind: gtg-shapley, min_orders: 3, max_orders: 3}]",
+        "profiles": "{work: [0.5, 1]}",
+    }
+    words = [word for key, value in sets.items() for word in ("--set", f"{key}={value}")]
+    checked = fedfm(workplace, "check", "recipe.yaml", *words)
+    assert checked.returncode == 0, checked.stderr
+    for part in ("FedProx", "Poisson", "Clip", "QSGD", "GTGShapley", "MultiKrum", "Adam"):
+        assert part in checked.stdout, part
+    done = fedfm(workplace, "run", "recipe.yaml", *words, "--json")
+    assert done.returncode == 0, done.stderr
+    records = [json.loads(line) for line in (workplace / "parts/metrics.jsonl").read_text().splitlines()]
+    assert set(records[2]["gtg-shapley"]) <= {"a", "b", "c"}
+    assert len(records[2]["screened_out"]) == 1
+    assert json.loads((workplace / "parts/results.json").read_text())["runs"]["fedprox"]["bytes_up"] > 0
+
+
+def test_check_says_what_does_not_compose_and_what_to_do(workplace: Path) -> None:
+    noise = "stages=[{kind: gaussian, noise_multiplier: 1.0}]"
+    done = fedfm(workplace, "check", "recipe.yaml", "--set", noise)
+    assert done.returncode == 2
+    [line] = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert "Gaussian needs BOUNDED" in line
+    assert "Clip" in line
+
+
+def test_check_prints_what_privacy_is_spent(workplace: Path) -> None:
+    noise = "stages=[{kind: clip, max_norm: 1.0}, {kind: gaussian, noise_multiplier: 1.0}]"
+    done = fedfm(workplace, "check", "recipe.yaml", "--set", noise, "--set", "sampler={kind: poisson, rate: 0.5}")
+    assert done.returncode == 0, done.stderr
+    assert "epsilon" in done.stdout
+
+
+def test_the_matrix_of_methods_and_parts(workplace: Path) -> None:
+    shown = fedfm(workplace, "methods", "--matrix")
+    assert shown.returncode == 0, shown.stderr
+    assert "scaffold" in shown.stdout
+    table = json.loads(fedfm(workplace, "methods", "--matrix", "--json").stdout)
+    assert table["scaffold"]["clip"] == ""
+    assert "FORGETFUL" in table["scaffold"]["buffered"]
+
+
 def test_doctor(workplace: Path) -> None:
     done = fedfm(workplace, "doctor", "--json")
     assert done.returncode == 0, done.stdout

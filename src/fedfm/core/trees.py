@@ -15,7 +15,8 @@ from fedfm.core.update import Tensors
 
 Patterns = tuple[str, ...]
 """Name patterns. ``*`` and ``?`` are wildcards; a pattern means a name when it matches all of it or one of its
-dot-separated parts, so ``lora_B`` means every LoRA B factor."""
+dot-separated parts, so ``lora_B`` means every LoRA B factor. A ``!`` in front takes names out again:
+``("*", "!lora_A")`` means everything but LoRA A factors."""
 
 
 def matches(name: str, patterns: Patterns) -> bool:
@@ -25,11 +26,16 @@ def matches(name: str, patterns: Patterns) -> bool:
     True
     >>> matches("layers.0.q_proj.lora_B.weight", ("lora_A", "layers.1.*"))
     False
+    >>> matches("classifier.weight", ("*", "!lora_A"))
+    True
     """
-    return any(
-        pattern == "*" or fnmatchcase(name, pattern) or any(fnmatchcase(p, pattern) for p in name.split("."))
-        for pattern in patterns
+    return any(_means(p, name) for p in patterns if p[:1] != "!") and not any(
+        _means(p[1:], name) for p in patterns if p[:1] == "!"
     )
+
+
+def _means(pattern: str, name: str) -> bool:
+    return pattern == "*" or fnmatchcase(name, pattern) or any(fnmatchcase(p, pattern) for p in name.split("."))
 
 
 def select(tensors: Tensors, patterns: Patterns) -> dict[str, torch.Tensor]:

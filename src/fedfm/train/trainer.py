@@ -258,7 +258,7 @@ class Trainer:
                 pooled = (hidden * mask).sum(1).float() / mask.sum(1)
                 for i, row in zip(chunk, pooled.cpu(), strict=True):
                     rows[i] = row
-        return torch.stack(rows)
+        return torch.stack(rows) if rows else torch.empty(0, self.loaded.model.config.hidden_size)
 
     @answer.register
     def generate(self, job: Generate, client: Client) -> list[str]:

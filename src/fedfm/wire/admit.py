@@ -71,6 +71,32 @@ def admit(update: Update, kind: Kind, expected: Tensors | None, limits: Limits) 
         raise BadUpdate(f"tensor {name!r} {what}")
 
 
+def at_rank(update: Update, widest: Tensors) -> dict[str, torch.Tensor]:
+    """Names and shapes that an upload with LoRA factors must have, at the rank that it has itself.
+
+    Args:
+        update: what arrived.
+        widest: names and shapes at the largest rank that is allowed.
+
+    Raises:
+        BadUpdate: its rank is not one to that of ``widest``.
+    """
+    ranks: dict[str, int] = {}
+    for name, tensor in update.tensors.items():
+        if ".lora_A" in name and name in widest:
+            own, most = tensor.shape[0] if tensor.dim() else 0, widest[name].shape[0]
+            if not 1 <= own <= most:
+                raise BadUpdate(f"tensor {name!r} has rank {own}, not one from 1 to {most}")
+            ranks[name.partition(".lora_A")[0]] = own
+    shapes = {}
+    for name, tensor in widest.items():
+        shape, layer = list(tensor.shape), name.partition(".lora_")[0]
+        if layer in ranks:
+            shape[0 if ".lora_A" in name else 1] = ranks[layer]
+        shapes[name] = torch.empty(shape, device="meta")
+    return shapes
+
+
 def _aligned(tensors: Mapping[str, torch.Tensor], expected: Tensors) -> None:
     if missing := [name for name in expected if name not in tensors]:
         raise BadUpdate(f"tensor {missing[0]!r} is missing ({len(missing)} in all)")

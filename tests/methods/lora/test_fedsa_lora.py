@@ -15,12 +15,11 @@ from fedfm.core.jobs import Fit, Fitted, Job, Loss
 from fedfm.core.mean import WeightedMean
 from fedfm.core.space import Layout
 from fedfm.core.update import Member, Tensors
-from fedfm.errors import Incompatible
 from fedfm.federation import Federation
 from fedfm.methods.lora.fedit import FedIT
 from fedfm.methods.lora.fedsa_lora import FedSALoRA
 from fedfm.rules import Add
-from fedfm.spaces import Full, LoRA
+from fedfm.spaces import LoRA
 from fedfm.store.clients import ClientStore
 
 Make = Callable[..., Federation]
@@ -116,8 +115,3 @@ def test_half_the_bytes_on_square_layers(federation: Make) -> None:
     half, whole = (federation(m, space=square) for m in (FedSALoRA(), FedIT()))
     assert trees.nbytes(half.start().weights) == 2 * 2 * 32 * 4  # two layers, 2 x 32 numbers of 4 bytes
     assert trees.nbytes(half.start().weights) * 2 == trees.nbytes(whole.start().weights)
-
-
-def test_it_is_about_lora(federation: Make) -> None:
-    with pytest.raises(Incompatible, match="FedSALoRA is defined on the space lora, not on full"):
-        federation(FedSALoRA(), space=Full())

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,31 +15,29 @@ from fedfm.core.mean import WeightedMean
 from fedfm.core.method import State
 from fedfm.core.space import Layout
 from fedfm.core.update import Update
-from fedfm.errors import Incompatible
 from fedfm.federation import Federation
 from fedfm.methods.lora import product
 from fedfm.methods.lora.fedit import FedIT
 from fedfm.methods.lora.ffa_lora import FFALoRA
 from fedfm.rules import Add
-from fedfm.spaces import Full, LoRA
-from fedfm.tasks import Classify
+from fedfm.spaces import LoRA
 from fedfm.wire.clip import Clip
 from fedfm.wire.gaussian import Gaussian
-from tests.conftest import FAST, People
 
 Make = Callable[..., Federation]
 A, B = "x.lora_A.weight", "x.lora_B.weight"
+LAYOUT = Layout({A: torch.tensor([[1.0, 2.0]]), B: torch.zeros(2, 1)})
 
 
 def test_the_product_of_the_mean_is_the_mean_of_the_products_by_hand() -> None:
     # A = [1 2], B = 0. Clients of weight 1 and 3 move B to [4, 0] and [0, 8]: the mean is [1, 6], the product
     # [1 2; 6 12], which is 1/4 [4 8; 0 0] + 3/4 [0 0; 8 16].
-    method, layout = FFALoRA(), Layout({A: torch.tensor([[1.0, 2.0]]), B: torch.zeros(2, 1)})
-    state = method.start(layout)
+    method = FFALoRA()
+    state = method.start(LAYOUT)
     assert list(state.weights) == [B]
     sent = [Update({B: torch.tensor([[4.0], [0.0]])}, 1), Update({B: torch.tensor([[0.0], [8.0]])}, 3)]
     state = method.apply(state, method.combine(state, sent, WeightedMean()), Add())
-    assert (state.weights[B] @ layout.initial[A]).tolist() == [[1.0, 2.0], [6.0, 12.0]]
+    assert (state.weights[B] @ LAYOUT.initial[A]).tolist() == [[1.0, 2.0], [6.0, 12.0]]
 
 
 def test_the_run_s_product_is_the_mean_of_the_clients_products(
@@ -89,8 +86,8 @@ def test_half_the_bytes_on_square_layers(federation: Make) -> None:
     square = LoRA(r=2, lora_alpha=4, target_modules=("q_proj",))
     half, whole = (federation(m, space=square, rounds=1).run().records for m in (FFALoRA(), FedIT()))
     assert half[0]["shared_parameters"] * 2 == whole[0]["shared_parameters"]
-    # B of two layers, 32 x 2 numbers of 4 bytes each, for three clients; the rest is names.
-    assert whole[1]["bytes_up"] - half[1]["bytes_up"] == pytest.approx(3 * 2 * 32 * 2 * 4, rel=0.35)
+    # What FedIT sends besides is A of two layers, 2 x 32 numbers of 4 bytes each, for three clients, and its names.
+    assert whole[1]["bytes_up"] - half[1]["bytes_up"] >= 3 * 2 * 2 * 32 * 4
     ours, theirs = (federation(m, space=square) for m in (FFALoRA(), FedIT()))
     assert trees.nbytes(ours.start().weights) * 2 == trees.nbytes(theirs.start().weights) == 2 * 2 * 2 * 32 * 4
 
@@ -108,7 +105,7 @@ def test_noise_enters_the_product_linearly(federation: Make) -> None:
 
 
 def test_scores_are_those_of_the_global_model_and_get_better(federation: Make) -> None:
-    run = federation(FFALoRA(), rounds=4, training=FAST)
+    run = federation(FFALoRA(), rounds=4)
     outcome = run.run()
     losses = [record["validation"]["global"]["loss"] for record in outcome.records]
     assert losses[-1] < losses[0]
@@ -118,18 +115,9 @@ def test_scores_are_those_of_the_global_model_and_get_better(federation: Make) -
         assert float(one.loss.sum() / one.count.sum()) == pytest.approx(scores["loss"], rel=1e-5)
 
 
-def test_a_new_head_is_trained_and_averaged(bert_folder: Path) -> None:
-    rows = {c: [{"text": f"{c} {i}", "label": k} for i in range(3)] for k, c in enumerate("abc")}
-    people = People({c: {"train": r, "validation": r, "test": r} for c, r in rows.items()})
-    space = LoRA(r=2, lora_alpha=4, modules_to_save=("classifier",))
-    run = Federation(str(bert_folder), FFALoRA(), people, Classify(), space=space, training=FAST, rounds=1)
-    outcome = run.run()
-    heads = trees.select(run.layout.initial, ("classifier",))
-    assert set(run.layout.initial) - set(outcome.state.weights) == set(trees.select(run.layout.initial, ("lora_A",)))
-    assert heads
-    assert not any(torch.equal(outcome.state.weights[n], t) for n, t in heads.items())
-
-
-def test_it_is_about_lora(federation: Make) -> None:
-    with pytest.raises(Incompatible, match="FFALoRA is defined on the space lora, not on full"):
-        federation(FFALoRA(), space=Full())
+@pytest.mark.parametrize("head", ["classifier", "classifier.out_proj", "score", "pre_classifier"])
+def test_all_of_a_new_head_is_trained_and_averaged(head: str) -> None:
+    # As they are called in BERT, RoBERTa, Llama and DistilBERT, the last of which has a classifier besides.
+    tensors = {**LAYOUT.initial, f"base_model.model.{head}.weight": torch.zeros(1)}
+    assert list(trees.select(tensors, FFALoRA.train)) == [B, f"base_model.model.{head}.weight"]
+    assert FFALoRA.share == FFALoRA.train

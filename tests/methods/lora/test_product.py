@@ -71,18 +71,6 @@ def test_truncated_is_the_dense_decomposition(ranks: tuple[int, ...], rank: int)
     assert torch.allclose((found[A] @ found[A].T)[:kept, :kept], torch.eye(kept, dtype=torch.float64), atol=1e-10)
 
 
-def test_truncated_of_a_small_rank_is_the_beginning_of_that_of_a_large_one() -> None:
-    stack = product.concatenated([drawn(3, 0), drawn(4, 1)])
-    small, large = product.truncated(stack, 2), product.truncated(stack, 5)
-    assert all(torch.equal(t, small[n]) for n, t in product.leading(large, 2).items())
-
-
-def test_signs_do_not_depend_on_those_of_the_factors() -> None:
-    stack = drawn(4, 0)
-    turned = product.truncated({n: -t for n, t in stack.items()}, 3)
-    assert all(torch.allclose(t, turned[n], atol=1e-10) for n, t in product.truncated(stack, 3).items())
-
-
 def test_norm_is_that_of_all_products_together() -> None:
     # |[1 2]^T [3 4]| = sqrt(5) 5 and |[2] [6 8]| = 20: together sqrt(125 + 400).
     layers = {A: torch.tensor([[3.0, 4.0]]), B: torch.tensor([[1.0], [2.0]])}
@@ -151,13 +139,10 @@ def operations() -> Iterable[Any]:
 @pytest.mark.parametrize("operation", operations())
 def test_no_tensor_is_as_large_as_the_layer(operation: Any) -> None:
     with Shapes() as noted:
+        dense(drawn(4, 0, 300, 200))
+    assert (300, 200) in noted.seen  # a formed product is noticed
+    with Shapes() as noted:
         operation()
     assert noted.seen
     # The largest thing is the stack of all factors of two rounds or twice the eleven ranks of one: 300 x 22.
     assert max(torch.Size(shape).numel() for shape in noted.seen) <= 300 * 22
-
-
-def test_a_formed_product_would_be_noticed() -> None:
-    with Shapes() as noted:
-        dense(drawn(4, 0, 300, 200))
-    assert (300, 200) in noted.seen

@@ -12,9 +12,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from fedfm.core.method import Method, Paper
+from fedfm.core.method import Method, Paper, State
+from fedfm.core.space import Layout
 from fedfm.core.traits import Trait, Traits
 from fedfm.core.trees import Patterns
+from fedfm.core.update import Tensors
 
 
 @dataclass(frozen=True)
@@ -31,3 +33,7 @@ class FedSALoRA(Method):
     share: ClassVar[Patterns] = ("lora_A",)
     traits: ClassVar[Traits] = Method.traits - {Trait.FORGETFUL}
     spaces: ClassVar[tuple[str, ...]] = ("lora",)
+
+    def result(self, state: State, space: Layout) -> Tensors:
+        """There is no global model: with A alone, nothing is added."""
+        return {}

@@ -29,6 +29,6 @@ class FFALoRA(Method):
         venue="ICLR",
         arxiv="2403.12313",
     )
-    train: ClassVar[Patterns] = ("lora_B", "classifier", "score")
-    share: ClassVar[Patterns] = ("lora_B", "classifier", "score")
+    train: ClassVar[Patterns] = ("*", "!lora_A")
+    share: ClassVar[Patterns] = ("*", "!lora_A")
     spaces: ClassVar[tuple[str, ...]] = ("lora",)

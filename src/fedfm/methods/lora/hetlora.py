@@ -8,6 +8,7 @@ Differences from the paper:
 - Factors are cut when the penalised tail norm is smaller after the local steps than before them, as in the paper, and
   no further than to rank 1.
 - One scale $\\alpha / r$, that of the space, holds for all ranks.
+- All layers of a client have one rank; one norm over all layers decides about its weight and its pruning.
 - A new classification head, where the model has one, is averaged with the same weights.
 - The norm of the tail is smoothed by 1e-12 under its root: B begins at zero, where a norm has no gradient.
 """
@@ -26,7 +27,7 @@ from fedfm.core.method import Client, Mean, Method, Paper, Rule, State, Work
 from fedfm.core.space import Layout
 from fedfm.core.traits import Trait, Traits
 from fedfm.core.update import Kind, Member, Tensors, Update
-from fedfm.errors import NoUpdates
+from fedfm.errors import NoUpdates, RecipeError
 from fedfm.methods.lora import product
 
 
@@ -86,6 +87,12 @@ class HETLoRA(Method):
     gamma: float = 0.99
     decay: float = 1e-3
 
+    def __post_init__(self) -> None:
+        if not 0 < self.gamma < 1:
+            raise RecipeError(f"HETLoRA gamma must be above 0 and below 1, but is {self.gamma}.")
+        if not 0 <= self.decay < float("inf"):
+            raise RecipeError(f"HETLoRA decay must be at least 0, but is {self.decay}.")
+
     def start(self, space: Layout) -> Ranked:
         return Ranked(super().start(space).weights)
 
@@ -108,11 +115,11 @@ class HETLoRA(Method):
         return (Tail(self.decay, self._tail(rank)),) if self._tail(rank) < rank else ()
 
     def local(self, client: Client, message: Tensors) -> Work:
-        terms = self.terms(client, message)
-        fitted = yield Fit(message, train=self.train, terms=terms)
-        tensors = fitted.tensors
-        if terms and float(terms[0](tensors, message)) < float(terms[0](message, message)):
-            tensors = product.leading(tensors, self._tail(product.largest_rank(message)))
+        fitted = yield Fit(message, train=self.train, terms=self.terms(client, message))
+        tensors, rank = fitted.tensors, product.largest_rank(message)
+        tail = Tail(1.0, self._tail(rank))
+        if tail.first < rank and float(tail(tensors, message)) < float(tail(message, message)):
+            tensors = product.leading(tensors, tail.first)
         return Update(tensors, client.member.examples, fitted.metrics, self.sends)
 
     def combine(self, state: State, updates: Iterable[Update], mean: Mean) -> Update:

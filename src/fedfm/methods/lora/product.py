@@ -91,9 +91,11 @@ def truncated(tensors: Tensors, rank: int) -> dict[str, torch.Tensor]:
     """Factors of the best approximation of each product by ``rank``: $B = U \\Sigma$ and $A = V^\\top$.
 
     By QR of the factors, so that the singular value decomposition is one of an S x S matrix: with $B = Q_B R_B$ and
-    $A^\\top = Q_A R_A$, $B A = Q_B (R_B R_A^\\top) Q_A^\\top$. Where S is below ``rank``, zeros fill up.
+    $A^\\top = Q_A R_A$, $B A = Q_B (R_B R_A^\\top) Q_A^\\top$. Where S is below ``rank``, further rows of A are
+    orthonormal to the others, so that they can be trained; only what exceeds the layer's width is zero.
     """
-    return padded(factors({stem: _best(*pair, rank) for stem, pair in pairs(tensors).items()}), rank)
+    wide = padded(tensors, max(rank, largest_rank(tensors)))
+    return padded(factors({stem: _best(*pair, rank) for stem, pair in pairs(wide).items()}), rank)
 
 
 def _best(a: torch.Tensor, b: torch.Tensor, rank: int) -> Pair:
