@@ -49,8 +49,9 @@ def test_the_python_of_the_readme_uses_what_there_is() -> None:
 
 
 def test_the_recipes_are_valid() -> None:
-    [example] = blocks("yaml")
-    assert recipe.parse(yaml.safe_load(example)).rounds == 10
+    example, more = map(yaml.safe_load, blocks("yaml"))
+    assert recipe.parse(example).rounds == 10
+    assert recipe.parse({**example, **more}).stages
     for path in (ROOT / "recipes").glob("*.yaml"):
         assert recipe.read(path).folder == Path("runs") / path.stem
 

@@ -180,7 +180,7 @@ class Experiment:
             "runs": {name: totals(outcome) for name, outcome in outcomes.items()},
             "test": {name: test.to_json() if test else None for name, test in tests.items()},
             "samples": self.samples(outcomes[self.main.method.id].state),
-            "final": "final",
+            "final": "final" if self.main.result(outcomes[self.main.method.id].state) else None,
             "versions": {p: version(p) for p in ("fedfm", "torch", "transformers", "peft")}
             | {"python": platform.python_version()},
             "machine": machine(),
@@ -188,7 +188,7 @@ class Experiment:
 
     def samples(self, after: State) -> list[dict[str, str]]:
         """Answers to some held-out prompts by the model before and after training."""
-        if not isinstance(self.main.task, NextToken) or not self.recipe.samples:
+        if not (isinstance(self.main.task, NextToken) and self.recipe.samples and self.main.result(after)):
             return []
         rows: list[tuple[str, Any]] = []
         order = seeds.numpy_generator(self.recipe.seed, "samples").permutation(len(self.main.ids))

@@ -136,6 +136,21 @@ def test_eval_agrees_with_the_run(workplace: Path) -> None:
     assert told == pytest.approx(results["test"]["fedit"]["mean"]["loss"], abs=1e-5)
 
 
+def test_a_method_without_a_global_model(workplace: Path) -> None:
+    words = ("--set", "method=fedsa-lora", "--set", "references=[]", "--set", "output_dir=own")
+    done = fedfm(workplace, "run", "recipe.yaml", *words)
+    assert done.returncode == 0, done.stderr
+    assert "own/clients" in done.stdout
+    assert "own/final" not in done.stdout
+    scored = fedfm(workplace, "eval", "own")
+    assert scored.returncode == 0, scored.stderr
+    assert "test rows" in scored.stdout
+    for command in (("chat", "own", "-p", "say 1"), ("export", "own", "model")):
+        refused = fedfm(workplace, *command)
+        assert refused.returncode == 1
+        assert "makes no global model: each client has its own, in own/clients" in refused.stderr
+
+
 def test_chat(workplace: Path) -> None:
     done = fedfm(workplace, "chat", "out", "-p", "say 1", "--base", "--max-new-tokens", "4", "--json")
     assert done.returncode == 0, done.stderr

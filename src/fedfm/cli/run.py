@@ -121,7 +121,10 @@ def show(results: dict[str, Any], folder: Path) -> None:
             f"down {size(cost['bytes_down'])}  peak memory {size(cost['peak_memory_mb'] * 1e6)}",
             highlight=False,
         )
-    output.print(f"adapter  {folder / results['final']}", highlight=False, soft_wrap=True)
+    if results["final"]:
+        output.print(f"adapter  {folder / results['final']}", highlight=False, soft_wrap=True)
+    else:
+        output.print(f"clients  {folder / 'clients'}  (no global model)", highlight=False, soft_wrap=True)
     output.print(f"report   {folder / 'report.html'}", highlight=False, soft_wrap=True)
 
 

@@ -6,7 +6,7 @@ import json
 import shutil
 import warnings
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 from rich.markup import escape
@@ -17,10 +17,14 @@ from fedfm.cli.run import Json
 from fedfm.errors import RecipeError, StoreError
 from fedfm.recipe import read
 
+if TYPE_CHECKING:
+    from fedfm.core.update import Tensors
+    from fedfm.experiment import Experiment
+
 Run = Annotated[Path, typer.Argument(help="A run folder.", metavar="RUN")]
 
 
-def _experiment(run: Path):  # type: ignore[no-untyped-def]
+def _experiment(run: Path) -> Experiment:
     from fedfm.experiment import Experiment
 
     if not (run / "recipe.yaml").exists():
@@ -50,6 +54,7 @@ def evaluate(
     if before is None or after is None:
         raise RecipeError(f"no client has a row in the {split} split. Set data.splits.{split} above 0 and run again.")
     results = {
+        "title": f"{experiment.recipe.title or experiment.recipe.name}: {split} rows",
         "method": federation.method.id,
         "primary": "loss",
         "split": split,
@@ -70,17 +75,15 @@ def chat(
 
     Example: fedfm chat runs/demo -p "My printer is on fire." --base
     """
-    from fedfm.experiment import trained
-
     experiment = _experiment(run)
     if experiment.main.task.head != "causal_lm":
         raise RecipeError(f"the task {experiment.main.task.id} of {run} makes no text; use fedfm eval.")
-    state = trained(run, experiment.main)
+    tensors = _tuned(experiment, run)
 
     def answer(question: str) -> dict[str, str]:
         told = {
             "prompt": question,
-            "answer": experiment.generate(experiment.main.result(state), [question], max_new_tokens)[0],
+            "answer": experiment.generate(tensors, [question], max_new_tokens)[0],
         }
         if base:
             told["base"] = experiment.generate({}, [question], max_new_tokens)[0]
@@ -96,6 +99,17 @@ def chat(
         return
     while question := Prompt.ask("[bold]you[/]", console=progress, default="", show_default=False):
         _say(answer(question))
+
+
+def _tuned(experiment: Experiment, run: Path) -> Tensors:
+    """The tensors of a run's global model."""
+    from fedfm.experiment import trained
+
+    if tensors := experiment.main.result(trained(run, experiment.main)):
+        return tensors
+    raise StoreError(
+        f"{experiment.main.method.id} makes no global model: each client has its own, in {run / 'clients'}."
+    )
 
 
 def _say(told: dict[str, str]) -> None:
@@ -120,6 +134,7 @@ def export(
     """
     final = run / "final"
     if not final.exists():
+        _tuned(_experiment(run), run)
         raise StoreError(f"{run} has no final model. Finish the run: fedfm run {run / 'recipe.yaml'} --resume.")
     if folder.exists():
         raise StoreError(f"{folder} exists. Choose a folder that does not.")
@@ -134,7 +149,7 @@ def export(
 
         experiment = _experiment(run)
         section = experiment.recipe.model
-        arguments = (
+        arguments: dict[str, Any] = (
             {"label_names": experiment.population.label_names} if experiment.main.task.head != "causal_lm" else {}
         )
         loaded = load(section.name, head=experiment.main.task.head, seed=experiment.recipe.seed, **arguments)
