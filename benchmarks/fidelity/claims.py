@@ -103,6 +103,12 @@ CLAIMS: dict[str, Claim] = {
         metric="mean accuracy",
         note="Its steps are shared between two adapters, so that each has fewer.",
     ),
+    "rolora": Claim(
+        "Keeps its accuracy where the rank is 1, while LoRA averaged factor by factor loses points.",
+        both={"space": {"r": 1, "lora_alpha": 4}},
+        against={"method": "fedit"},
+        note="Each factor is trained in half of the rounds, and there are few; here clients are few, too.",
+    ),
     # Asynchronous: ten synchronous rounds take the slowest client ten units of simulated time; 100 uploads arrive
     # within 3.3 to 4.5 units one by one, and within 5.2 to 9.3 in buffers of five.
     "fedasync": Claim(

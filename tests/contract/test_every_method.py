@@ -42,15 +42,15 @@ def world(llama_folder: Path, bert_folder: Path, masked_folder: Path) -> World:
     return World({"causal_lm": llama_folder, "sequence_classification": bert_folder, "masked_lm": masked_folder})
 
 
-def watched(federation: Federation) -> tuple[list[Any], list[tuple[Job, Any]]]:
-    """Run a federation; returns what its link carried, and each job with its answer."""
+def watched(federation: Federation) -> tuple[list[Any], list[tuple[Job, Any, View]]]:
+    """Run a federation; returns what its link carried, and each job with its answer and whose it was."""
     links: list[Watched] = []
-    jobs: list[tuple[Job, Any]] = []
+    jobs: list[tuple[Job, Any, View]] = []
     federation.link = lambda *a, **k: links.append(Watched(*a, **k)) or links[-1]  # type: ignore[assignment,func-returns-value]
     one = federation.trainer.answer
 
     def answer(job: Job, client: View) -> Any:
-        jobs.append((job, one(job, client)))
+        jobs.append((job, one(job, client), client))
         return jobs[-1][1]
 
     federation.trainer.answer = answer  # type: ignore[method-assign,assignment]
@@ -86,7 +86,7 @@ def test_only_train_gets_gradients_and_only_share_travels(kind: type[Method], wo
     made = world.make(small(kind), engine=Trainer, rounds=2)
     (outcome, log), jobs = watched(made)
     initial, method = made.bench.space.initial, made.method
-    for job, answer in jobs:
+    for job, answer, _ in jobs:
         if not isinstance(job, (Fit, Gradient)):
             continue
         trained = set(trees.select(initial, job.train))
@@ -134,6 +134,24 @@ def first_round(world: World, kind: type[Method]) -> tuple[Federation, Any, list
 
 
 @each
+def test_nothing_is_trained_in_vain(kind: type[Method], world: World) -> None:
+    """Where weights travel, what a task trained is in its upload or stays with the client."""
+    (_, log), jobs = watched(world.make(small(kind), engine=Trainer, rounds=2))
+    tasks: dict[int, tuple[View, set[str]]] = {}  # by the view, which is made for the task
+    for job, answer, client in jobs:
+        if isinstance(job, Fit):
+            tasks.setdefault(id(client), (client, set()))[1].update(trees.select(answer.tensors, job.train))
+    sent: dict[str, list[set[str]]] = {}  # by client, in the order of its tasks
+    for phase, _, updates in log:
+        for update in updates if phase in kind.phases and kind.sends is not Kind.KNOWLEDGE else ():
+            sent.setdefault(update.member, []).append({name.rpartition(":")[2] for name in update.tensors})
+    for client, trained in tasks.values():
+        if uploads := sent.get(client.member.id):
+            kept = {name.rpartition(":")[2] for name in client.kept or ()}
+            assert trained <= uploads.pop(0) | kept
+
+
+@each
 def test_linear_is_observed(kind: type[Method], world: World) -> None:
     made, state, updates = first_round(world, kind)
     together = WeightedMean()
@@ -172,6 +190,18 @@ def test_aligned_is_observed(kind: type[Method], world: World) -> None:
     _, _, updates = first_round(world, kind)
     shapes = [{n: t.shape for n, t in update.tensors.items()} for update in updates]
     assert all(s == shapes[0] for s in shapes) == (Trait.ALIGNED in kind.traits)
+
+
+@each
+def test_steady_is_observed(kind: type[Method], world: World) -> None:
+    (_, log), _ = watched(world.make(small(kind), rounds=3))
+    shapes: dict[str, list[Any]] = {}
+    for phase, _, updates in log:
+        for update in updates if phase == kind.phases[-1] else ():
+            shapes.setdefault(update.member, []).append({n: t.shape for n, t in update.tensors.items()})
+    steady = all(one == of[0] for of in shapes.values() for one in of)
+    # What prunes itself in the course of a run need not do so in this one.
+    assert steady == (Trait.STEADY in kind.traits) or (steady and Trait.ANY_RANK in kind.traits)
 
 
 @each

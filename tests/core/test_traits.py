@@ -74,7 +74,9 @@ class Bare(Method):
     traits: ClassVar[Traits] = NONE
 
 
-ALL = frozenset({Trait.LINEAR, Trait.VISIBLE, Trait.ALIGNED, Trait.DENSE, Trait.ONE_ASK, Trait.FORGETFUL, Trait.RULED})
+ALL = frozenset(
+    {Trait.LINEAR, Trait.VISIBLE, Trait.ALIGNED, Trait.STEADY, Trait.DENSE, Trait.ONE_ASK, Trait.FORGETFUL, Trait.RULED}
+)
 
 
 def message(method: Method, *parts: Part) -> str:

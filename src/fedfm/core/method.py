@@ -1,4 +1,4 @@
-"""The contract of a federated method, on one screen.
+"""The contract of a federated method.
 
 A published method changes a few points of a federated round; it states only these. The class as it stands is FedAvg on
 whatever the space tunes.
@@ -136,7 +136,16 @@ class Method:
     """Which of them travel; the others stay with the client."""
     sends: ClassVar[Kind] = Kind.DELTA
     traits: ClassVar[Traits] = frozenset(
-        {Trait.LINEAR, Trait.VISIBLE, Trait.ALIGNED, Trait.DENSE, Trait.ONE_ASK, Trait.FORGETFUL, Trait.RULED}
+        {
+            Trait.LINEAR,
+            Trait.VISIBLE,
+            Trait.ALIGNED,
+            Trait.STEADY,
+            Trait.DENSE,
+            Trait.ONE_ASK,
+            Trait.FORGETFUL,
+            Trait.RULED,
+        }
     )
     needs: ClassVar[Traits] = NONE
     """What must still hold of the uploads when they reach ``combine``."""

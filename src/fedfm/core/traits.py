@@ -19,6 +19,7 @@ class Trait(Enum):
     LINEAR = "the server uses uploads only through their weighted mean"
     VISIBLE = "the server can read each client's upload"
     ALIGNED = "every client uploads tensors of the same names and shapes"
+    STEADY = "a client uploads tensors of the same names and shapes in every round"
     DENSE = "no client leaves out coordinates of its own choice"
     BOUNDED = "the norm of every upload is known to be bounded"
     UNIFORM = "every upload has the same weight"

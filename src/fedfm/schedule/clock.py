@@ -138,7 +138,9 @@ class Asynchronous(Schedule):
         jitter: standard deviation of the logarithm of what each single task adds to that as a factor.
     """
 
-    needs: ClassVar[Traits] = frozenset({Trait.LINEAR, Trait.VISIBLE, Trait.ONE_ASK, Trait.FORGETFUL})
+    needs: ClassVar[Traits] = frozenset(
+        {Trait.LINEAR, Trait.VISIBLE, Trait.ALIGNED, Trait.STEADY, Trait.ONE_ASK, Trait.FORGETFUL}
+    )
     instead: ClassVar[Mapping[Trait, str]] = dict.fromkeys(needs, "Use a synchronous method, such as fedavg, instead.")
 
     concurrency: int = 0

@@ -78,7 +78,12 @@ class HETLoRA(Method):
         arxiv="2401.06432",
     )
     sends: ClassVar[Kind] = Kind.WEIGHTS
-    traits: ClassVar[Traits] = (Method.traits | {Trait.ANY_RANK}) - {Trait.LINEAR, Trait.ALIGNED, Trait.RULED}
+    traits: ClassVar[Traits] = (Method.traits | {Trait.ANY_RANK}) - {
+        Trait.LINEAR,
+        Trait.ALIGNED,
+        Trait.STEADY,
+        Trait.RULED,
+    }
     needs: ClassVar[Traits] = frozenset({Trait.VISIBLE})
     spaces: ClassVar[tuple[str, ...]] = ("lora",)
     up: ClassVar[str] = "LoRA factors of the client's rank"

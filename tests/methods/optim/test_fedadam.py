@@ -1,0 +1,43 @@
+"""FedAdam: the mean change is a gradient to the server's optimizer."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from fedfm.errors import RecipeError
+from fedfm.methods.fedavg import FedAvg
+from fedfm.methods.optim.fedadam import FedAdam
+from tests.methods.optim.quadratic import Quadratics, apart
+
+
+def test_two_rounds_by_hand() -> None:
+    # One client, t = 1, one step of 0.5 each round. Change 0.5: m = 0.1 * 0.5; v = 0.99 * tau^2 + 0.01 * 0.25, as v
+    # begins at tau^2. Round 2: change d = (1 - w) / 2, m = 0.9 * 0.05 + 0.1 d, v likewise. Bias is not corrected.
+    clients = Quadratics({"a": (1.0, 1.0)}, rate=0.5)
+    v = 0.99e-6 + 0.01 * 0.25
+    first = 0.1 * 0.05 / (v**0.5 + 1e-3)
+    d = (1 - first) / 2
+    second = first + 0.1 * (0.045 + 0.1 * d) / ((0.99 * v + 0.01 * d * d) ** 0.5 + 1e-3)
+    assert clients.run(FedAdam(), 1).weights["w"].tolist() == pytest.approx([first, first], abs=1e-6)
+    assert clients.run(FedAdam(), 2).weights["w"].tolist() == pytest.approx([second, second], abs=1e-6)
+
+
+def test_the_learning_rate_is_a_factor_on_the_first_step() -> None:
+    one, two = (apart().run(FedAdam(learning_rate=r), 1).weights["w"] for r in (0.1, 0.2))
+    assert torch.allclose(2 * one, two)
+
+
+def test_it_comes_near_the_point_of_fedavg() -> None:
+    # At FedAvg's fixed point the mean change is zero, so no rule moves from there.
+    point = apart().run(FedAvg(), 200).weights["w"]
+    assert torch.allclose(
+        apart().run(FedAdam(learning_rate=0.1), 1, start=point.tolist()).weights["w"], point, atol=1e-2
+    )
+    assert torch.allclose(apart().run(FedAdam(learning_rate=0.03), 600).weights["w"], point, atol=0.1)
+
+
+@pytest.mark.parametrize("wrong", [{"learning_rate": 0.0}, {"tau": 0.0}, {"beta1": 1.0}])
+def test_bad_settings_are_refused(wrong: dict[str, float]) -> None:
+    with pytest.raises(RecipeError):
+        FedAdam(**wrong).parts()
