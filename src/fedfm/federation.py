@@ -7,12 +7,13 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from fedfm import composition
 from fedfm.core import traits
 from fedfm.core.mean import WeightedMean
 from fedfm.core.method import Mean, Method, Rule, State
 from fedfm.core.plan import Members, Plan, Profiled, Sampler, Training
 from fedfm.core.space import Layout
-from fedfm.core.traits import Part, Trait
+from fedfm.core.traits import Trait
 from fedfm.core.update import Tensors
 from fedfm.errors import Incompatible, RecipeError, Stopped
 from fedfm.evaluate.assessment import Assessment, Evaluation, assess
@@ -111,7 +112,7 @@ class Federation:
             "schedule": schedule,
             "audits": tuple(audits),
         }
-        own = composed(method, self._given)
+        own = composition.composed(method, self._given)
         self.model = model
         self.method = method
         self.task = task
@@ -158,20 +159,8 @@ class Federation:
             )
         if self.method.simulated_only and not self.link.simulated:
             raise Incompatible(f"{type(self.method).__name__} sees all clients' data; it runs only in simulation.")
-        for stage in self.stages:
-            for phase in self.method.phases:
-                if (kind := self.method.kind(phase)) not in stage.kinds:
-                    raise Incompatible(
-                        f"{type(stage).__name__} works on {' and '.join(sorted(stage.kinds))}, but "
-                        f"{type(self.method).__name__} sends {kind} in its task {phase!r}. "
-                        f"Leave {type(stage).__name__} out."
-                    )
-        between = [*self.audits, *self.screens]
-        parts = [self.plan.sampler, *self.stages, *between, self.mean, self.rule, self.schedule]
-        composition = traits.check(self.method, [p for p in parts if isinstance(p, Part)])
-        for stage in self.stages:
-            stage.fits(self.setting)
-        return composition
+        parts = {name: getattr(self, name) for name in composition.NOTHING}
+        return composition.check(self.method, parts, self.setting)
 
     @cached_property
     def layout(self) -> Layout:
@@ -362,23 +351,3 @@ class Federation:
         if len(self.ids) <= self.evaluation.max_clients:
             return self.ids
         return Uniform(count=self.evaluation.max_clients).sample(self.ids, 0, self.seed)
-
-
-def composed(method: Method, given: Mapping[str, Any]) -> dict[str, Any]:
-    """The parts that a user gave together with those that the method brings.
-
-    Raises:
-        RecipeError: both name one of a sort of which there can be but one.
-    """
-    out = dict(given)
-    for name, part in method.parts().items():
-        if isinstance(given[name], tuple):
-            out[name] = (*part, *given[name])
-        elif given[name] is None:
-            out[name] = part
-        else:
-            raise RecipeError(
-                f"{method.id} brings its own {name} ({type(part).__name__}), so {type(given[name]).__name__} cannot be "
-                f"its {name}. Leave {name} out, or choose another method."
-            )
-    return out

@@ -95,7 +95,7 @@ class RoundServer:
         updates = self._admitted(phase, messages, round or self.round)
         if self._aligned(phase) and self._expected is None:
             updates = self._alike(list(updates))
-        if self.federation.screens:
+        if self.federation.screens and phase == method.phases[-1]:
             return self._screened(list(updates))
         return updates
 

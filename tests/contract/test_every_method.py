@@ -205,6 +205,12 @@ def test_steady_is_observed(kind: type[Method], world: World) -> None:
 
 
 @each
+def test_global_is_observed(kind: type[Method], world: World) -> None:
+    made = world.make(small(kind), rounds=1)
+    assert bool(made.result(made.run().state)) == (Trait.GLOBAL in kind.traits)
+
+
+@each
 def test_expected_uploads_are_those_that_come(kind: type[Method], world: World) -> None:
     made = world.make(small(kind))
     (_, log), _ = watched(made)

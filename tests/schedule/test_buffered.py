@@ -220,19 +220,19 @@ def test_what_cannot_be_asynchronous_is_refused(federation: Make, people: People
         def round(self, server: Server, state: State) -> State:
             return state
 
-    toy = Toy({"a": 8.0}, {"a": 1.0})
     with pytest.raises(Incompatible, match="Buffered weighs changes of weights, but Knowing sends knowledge"):
-        toy.run(buffered(1), 1, Knowing())
+        federation(Knowing(), schedule=Buffered(1))
     with pytest.raises(Incompatible, match="but Exchanging has rounds of its own"):
-        toy.run(buffered(1), 1, Exchanging())
+        federation(Exchanging(), schedule=Buffered(1))
     with pytest.raises(Incompatible, match=r"needs FORGETFUL .* which TopK takes away\. Use a synchronous"):
         federation(FedAvg(), schedule=Buffered(1), stages=(TopK(0.5),))
     with pytest.raises(Incompatible, match="Krum compares the uploads of one round, which Buffered does not have"):
-        federation(FedAvg(), schedule=Buffered(1), screens=(Krum(0),)).run()
+        federation(FedAvg(), schedule=Buffered(1), screens=(Krum(0),))
 
 
-def test_it_needs_what_the_design_says() -> None:
-    assert Buffered.needs == {Trait.LINEAR, Trait.VISIBLE, Trait.ONE_ASK, Trait.FORGETFUL}
+def test_it_needs_what_the_design_says_and_uploads_alike_in_all_rounds() -> None:
+    more = {Trait.ALIGNED, Trait.STEADY}
+    assert Buffered.needs == {Trait.LINEAR, Trait.VISIBLE, Trait.ONE_ASK, Trait.FORGETFUL} | more
     assert Buffered.id == "buffered"
 
 

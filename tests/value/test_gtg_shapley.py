@@ -19,6 +19,7 @@ from fedfm.core.space import Layout
 from fedfm.core.update import Update
 from fedfm.errors import Incompatible, RecipeError
 from fedfm.federation import Federation
+from fedfm.methods.lora.fedsa_lora import FedSALoRA
 from fedfm.rules import Add
 from fedfm.value.gtg_shapley import GTGShapley, guided
 from fedfm.value.shapley import exact, marginals, mean
@@ -220,13 +221,9 @@ def test_nobody_came() -> None:
     assert GTGShapley().look(Table(), Method(), State({"w": torch.zeros(1)}), []) == {}
 
 
-def test_a_method_without_a_global_model() -> None:
-    class Own(Method):
-        def result(self, state: State, space: Layout) -> dict[str, torch.Tensor]:
-            return {}
-
-    with pytest.raises(RecipeError, match=r"scores global models, but .* has none"):
-        GTGShapley().look(Table(), Own(), State({"w": torch.zeros(1)}), sent(ann=(1.0, 1.0)))
+def test_a_method_without_a_global_model(federation: Make) -> None:
+    with pytest.raises(Incompatible, match="GTGShapley needs GLOBAL .*, which FedSALoRA does not promise"):
+        federation(FedSALoRA(), audits=(GTGShapley(),))
 
 
 def test_in_a_run_the_client_whose_data_is_like_the_public_rows_is_worth_most(federation: Make, people: People) -> None:

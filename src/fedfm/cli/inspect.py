@@ -6,6 +6,7 @@ import json
 import os
 import platform
 import shutil
+from dataclasses import MISSING, fields
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
@@ -16,14 +17,14 @@ from rich.box import SIMPLE_HEAD
 from rich.markup import escape
 from rich.table import Table
 
-from fedfm import parts
+from fedfm import composition, parts
 from fedfm.cli.app import app, output
 from fedfm.cli.run import Json, RecipePath, Set
-from fedfm.core import traits
 from fedfm.core.method import Method
-from fedfm.errors import Incompatible, RecipeError, StoreError, nearest
+from fedfm.errors import RecipeError, StoreError, nearest
 from fedfm.recipe import read
 from fedfm.robust.estimator import Estimator
+from fedfm.sample.poisson import Poisson
 from fedfm.wire.clip import Clip
 
 
@@ -151,26 +152,30 @@ SORTS = {"wire": "stages", "robust": "screens", "schedule": "schedule", "rules":
 
 
 def pairs() -> dict[str, dict[str, str]]:
-    """For every published method, and every part that composes with methods: empty if they do, else why not."""
-    methods = [kind for _, kind in parts.published() if issubclass(kind, Method)]
+    """For every published method, and every part that composes with methods: empty if they do, else why not.
+
+    Parts have some allowed settings, and Clip before them where they need a bound. References that pool the clients
+    have no uploads for parts to work on.
+    """
+    methods = [kind for _, kind in parts.published() if issubclass(kind, Method) and not kind.simulated_only]
     found = [(folder, name, part) for folder in SORTS for name, part in sorted(parts.kinds(folder).items())]
-    return {kind.id: {name: refusal(kind, folder, part) for folder, name, part in found} for kind in methods}
+    return {
+        kind.id: {
+            name: composition.refusal(kind(), *given(folder, part), Poisson(rate=0.1)) for folder, name, part in found
+        }
+        for kind in methods
+    }
 
 
-def refusal(kind: type[Method], folder: str, part: Any) -> str:
-    """Why a part cannot go with a method, by default settings; empty if it can, after Clip where it needs a bound."""
-    sort = "mean" if issubclass(part, Estimator) else SORTS[folder]
-    own = kind().parts()
-    if sort in own and not isinstance(own[sort], tuple):
-        return f"{kind.__name__} brings its own {sort}, {type(own[sort]).__name__}."
-    if kind.sends not in getattr(part, "kinds", (kind.sends,)):
-        return f"{part.__name__} works on {' and '.join(sorted(part.kinds))}, but {kind.__name__} sends {kind.sends}."
-    bound = [Clip] if part.needs & Clip.gives else []
-    try:
-        traits.check_traits(kind.__name__, kind.traits, kind.needs, kind.instead, [*bound, part])
-    except Incompatible as error:
-        return str(error)
-    return ""
+def given(folder: str, part: Any) -> tuple[str, Any]:
+    """The argument of ``Federation`` that a part goes to, and what may stand there."""
+    needed = [f.name for f in fields(part) if f.init and f.default is MISSING and f.default_factory is MISSING]
+    one = part(**dict.fromkeys(needed, 1))
+    if issubclass(part, Estimator):
+        return "mean", one
+    if folder == "wire" and part.needs & Clip.gives:
+        return "stages", (Clip(1.0), one)
+    return SORTS[folder], one
 
 
 def _matrix(as_json: bool) -> None:

@@ -145,6 +145,7 @@ class Method:
             Trait.ONE_ASK,
             Trait.FORGETFUL,
             Trait.RULED,
+            Trait.GLOBAL,
         }
     )
     needs: ClassVar[Traits] = NONE

@@ -21,7 +21,7 @@ class LocalOnly(Method):
 
     paper: ClassVar[Paper | None] = Paper(title="Local training (reference)", authors="", year=2017, venue="baseline")
     share: ClassVar[trees.Patterns] = ()
-    traits: ClassVar[Traits] = Method.traits - {Trait.FORGETFUL}
+    traits: ClassVar[Traits] = Method.traits - {Trait.FORGETFUL, Trait.GLOBAL}
 
     def local(self, client: Client, message: Tensors) -> Work:
         """The default client work, of which not even a metric leaves the client."""

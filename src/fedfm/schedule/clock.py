@@ -22,6 +22,7 @@ from fedfm.schedule.schedule import Memory, Schedule
 from fedfm.schedule.staleness import Discount, constant, hinge, polynomial
 
 if TYPE_CHECKING:
+    from fedfm.robust.screen import Screen
     from fedfm.server import RoundServer
 
 
@@ -196,7 +197,6 @@ class Asynchronous(Schedule):
         return float(wobble) / speed
 
     def advance(self, method: Method, server: RoundServer, state: State, memory: Memory) -> tuple[State, Memory]:
-        self._check(method, server)
         seed = server.space.seed
         clock = Clock(
             seed,
@@ -260,8 +260,7 @@ class Asynchronous(Schedule):
                 member = by_id[update.member]
                 yield Arrival(update, member, messages[member], now - version)
 
-    def _check(self, method: Method, server: RoundServer) -> None:
-        """Raise ``Incompatible`` for what the traits cannot tell."""
+    def fits(self, method: Method, screens: Sequence[Screen]) -> None:
         me, name = type(self).__name__, type(method).__name__
         if method.kind("local") is not Kind.DELTA:
             raise Incompatible(
@@ -269,6 +268,6 @@ class Asynchronous(Schedule):
             )
         if type(method).round is not Method.round:
             raise Incompatible(f"{me} asks clients in its own order, but {name} has rounds of its own. Leave {me} out.")
-        if screens := server.federation.screens:
+        if screens:
             who = type(screens[0]).__name__
             raise Incompatible(f"{who} compares the uploads of one round, which {me} does not have. Leave {who} out.")

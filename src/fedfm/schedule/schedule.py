@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from fedfm.core.method import Method, State
 from fedfm.core.traits import Part
 
 if TYPE_CHECKING:
+    from fedfm.robust.screen import Screen
     from fedfm.server import RoundServer
 
 Memory = Mapping[str, Any]
@@ -18,6 +19,13 @@ Memory = Mapping[str, Any]
 
 class Schedule(Part, ABC):
     """Subclasses are frozen dataclasses; what changes is in the memory, which is part of every checkpoint."""
+
+    def fits(self, method: Method, screens: Sequence[Screen]) -> None:
+        """See, before the run, that it can work with this method and these screens.
+
+        Raises:
+            Incompatible: it cannot, for a reason of which traits say nothing.
+        """
 
     @abstractmethod
     def advance(self, method: Method, server: RoundServer, state: State, memory: Memory) -> tuple[State, Memory]:

@@ -26,6 +26,7 @@ import numpy as np
 from fedfm.core import seeds
 from fedfm.core.jobs import Loss
 from fedfm.core.method import Method, Paper, Server, State
+from fedfm.core.traits import Trait, Traits
 from fedfm.core.update import Update
 from fedfm.errors import RecipeError
 from fedfm.value.audit import Audit
@@ -54,6 +55,7 @@ class GTGShapley(Audit):
         arxiv="2109.02053",
     )
     id: ClassVar[str] = "gtg-shapley"
+    needs: ClassVar[Traits] = Audit.needs | {Trait.GLOBAL}
 
     round_truncation: float = 0.001
     order_truncation: float = 0.001
@@ -75,20 +77,13 @@ class GTGShapley(Audit):
             )
 
     def look(self, server: Server, method: Method, before: State, updates: Sequence[Update]) -> Mapping[str, float]:
-        """The value of each client whose upload was admitted.
-
-        Raises:
-            RecipeError: the method has no global model.
-        """
+        """The value of each client whose upload was admitted."""
         uploads = {update.member: update for update in sorted(updates, key=lambda update: update.member)}
 
         def worth(coalition: frozenset[str]) -> float:
             some = [upload for member, upload in uploads.items() if member in coalition]
             state = method.apply(before, method.combine(before, some, server.mean), server.rule) if some else before
-            tensors = method.result(state, server.space)
-            if not tensors:
-                raise RecipeError(f"GTGShapley scores global models, but {method.id} has none. Leave GTGShapley out.")
-            scores = server.do(Loss(tensors, split="public"))
+            scores = server.do(Loss(method.result(state, server.space), split="public"))
             return -float(scores.loss.double().sum() / scores.count.sum())
 
         draw = seeds.numpy_generator(server.space.seed, server.round, self.id)

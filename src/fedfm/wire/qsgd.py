@@ -47,6 +47,7 @@ class QSGD(Stage):
         arxiv="1610.02132",
     )
     id: ClassVar[str] = "qsgd"
+    packs: ClassVar[bool] = True
     breaks: ClassVar[Traits] = frozenset({Trait.BOUNDED})
 
     levels: int = 127

@@ -62,6 +62,8 @@ class Stage(Part):
 
     kinds: ClassVar[frozenset[Kind]] = frozenset({Kind.DELTA, Kind.WEIGHTS})
     """The kinds of upload it can work on."""
+    packs: ClassVar[bool] = False
+    """Whether it puts tensors into another form, so that it comes after stages that do not."""
 
     def send(self, update: Update, sender: Sender) -> Update:
         """What leaves the client instead of ``update``."""

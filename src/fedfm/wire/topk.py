@@ -50,6 +50,7 @@ class TopK(Stage):
         arxiv="1809.07599",
     )
     id: ClassVar[str] = "topk"
+    packs: ClassVar[bool] = True
     breaks: ClassVar[Traits] = frozenset({Trait.DENSE, Trait.FORGETFUL, Trait.BOUNDED})
     kinds: ClassVar[frozenset[Kind]] = frozenset({Kind.DELTA})
 

@@ -51,7 +51,7 @@ class FedMD(Method):
     )
     share: ClassVar[Patterns] = ()
     sends: ClassVar[Kind] = Kind.KNOWLEDGE
-    traits: ClassVar[Traits] = Method.traits - {Trait.FORGETFUL, Trait.RULED}
+    traits: ClassVar[Traits] = Method.traits - {Trait.FORGETFUL, Trait.RULED, Trait.GLOBAL}
     tasks: ClassVar[tuple[str, ...]] = ("classify",)
     up: ClassVar[str] = "class scores of the public rows"
     down: ClassVar[str] = "the mean of all class scores of the public rows"

@@ -31,7 +31,7 @@ class FedSALoRA(Method):
         arxiv="2410.01463",
     )
     share: ClassVar[Patterns] = ("lora_A",)
-    traits: ClassVar[Traits] = Method.traits - {Trait.FORGETFUL}
+    traits: ClassVar[Traits] = Method.traits - {Trait.FORGETFUL, Trait.GLOBAL}
     spaces: ClassVar[tuple[str, ...]] = ("lora",)
 
     def result(self, state: State, space: Layout) -> Tensors:

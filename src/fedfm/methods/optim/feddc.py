@@ -14,6 +14,7 @@ Differences from the paper:
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field, replace
 from typing import ClassVar, cast
 
@@ -25,6 +26,7 @@ from fedfm.core.method import Client, Paper, Rule, State, Work
 from fedfm.core.space import Layout
 from fedfm.core.terms import Proximal
 from fedfm.core.update import Tensors, Update
+from fedfm.errors import RecipeError
 from fedfm.methods.optim.scaffold import Controlled, Scaffold
 
 
@@ -58,6 +60,10 @@ class FedDC(Scaffold):
     )
 
     alpha: float = 0.01
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.alpha < math.inf:
+            raise RecipeError(f"FedDC alpha must be at least 0 and finite, but is {self.alpha}.")
 
     def start(self, space: Layout) -> Decoupled:
         weights = trees.select(space.initial, self.share)

@@ -11,6 +11,7 @@ Differences from the paper:
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field, replace
 from typing import ClassVar
 
@@ -23,6 +24,7 @@ from fedfm.core.space import Layout
 from fedfm.core.terms import Linear, Proximal
 from fedfm.core.traits import Trait, Traits
 from fedfm.core.update import Tensors, Update
+from fedfm.errors import RecipeError
 
 
 @dataclass(frozen=True)
@@ -58,6 +60,10 @@ class FedDyn(Method):
     traits: ClassVar[Traits] = Method.traits - {Trait.FORGETFUL}
 
     alpha: float = 0.1
+
+    def __post_init__(self) -> None:
+        if not 0 < self.alpha < math.inf:
+            raise RecipeError(f"FedDyn alpha must be above 0 and finite, but is {self.alpha}.")
 
     def start(self, space: Layout) -> Dynamic:
         weights = trees.select(space.initial, self.share)

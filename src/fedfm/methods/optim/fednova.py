@@ -12,6 +12,7 @@ Differences from the paper:
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
@@ -20,8 +21,10 @@ import torch
 from fedfm.core import trees
 from fedfm.core.jobs import Fit, Fitted, Term
 from fedfm.core.method import Client, Method, Paper, Rule, State, Work
+from fedfm.core.plan import Plan
 from fedfm.core.terms import Proximal
 from fedfm.core.update import Kind, Tensors, Update
+from fedfm.errors import RecipeError
 
 
 @dataclass(frozen=True)
@@ -45,6 +48,19 @@ class FedNova(Method):
     up: ClassVar[str] = "the change of every tuned tensor by step, and the number of steps"
 
     mu: float = 0.0
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.mu < math.inf:
+            raise RecipeError(f"FedNova mu must be at least 0 and finite, but is {self.mu}.")
+
+    def plan(self, plan: Plan) -> Plan:
+        """See that the proximal term does not overshoot, as $a_k$ is then no sum of positive terms."""
+        if plan.training.learning_rate * self.mu >= 1:
+            raise RecipeError(
+                "FedNova needs training.learning_rate times mu below 1, but they are "
+                f"{plan.training.learning_rate:g} and {self.mu:g}. Lower one of them."
+            )
+        return plan
 
     def terms(self, client: Client, message: Tensors) -> tuple[Term, ...]:
         """The proximal term, if there is one."""

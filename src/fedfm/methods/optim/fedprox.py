@@ -12,6 +12,7 @@ Differences from the paper:
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -19,6 +20,7 @@ from fedfm.core.jobs import Term
 from fedfm.core.method import Client, Method, Paper
 from fedfm.core.terms import Proximal
 from fedfm.core.update import Tensors
+from fedfm.errors import RecipeError
 
 
 @dataclass(frozen=True)
@@ -38,6 +40,10 @@ class FedProx(Method):
     )
 
     mu: float = 0.01
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.mu < math.inf:
+            raise RecipeError(f"FedProx mu must be at least 0 and finite, but is {self.mu}.")
 
     def terms(self, client: Client, message: Tensors) -> tuple[Term, ...]:
         """The proximal term around what was received."""

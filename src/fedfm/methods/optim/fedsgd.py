@@ -6,10 +6,13 @@ step of gradient descent on the union of the data.
 
 Differences from the paper:
 - The learning rate is a setting of the method, as no optimizer runs on clients; those of training are not used.
+- Where an example has many supervised tokens, a client's gradient is the mean over its tokens, and clients are weighed
+  by examples as in FedAvg; it is a step on the union only where examples have equally many.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import ClassVar
@@ -18,6 +21,7 @@ from fedfm.core import trees
 from fedfm.core.jobs import Gradient
 from fedfm.core.method import Client, Method, Paper, Rule, State, Work
 from fedfm.core.update import Tensors, Update
+from fedfm.errors import RecipeError
 
 
 @dataclass(frozen=True)
@@ -38,6 +42,10 @@ class FedSGD(Method):
     up: ClassVar[str] = "the gradient of every tuned tensor"
 
     learning_rate: float = 0.1
+
+    def __post_init__(self) -> None:
+        if not 0 < self.learning_rate < math.inf:
+            raise RecipeError(f"FedSGD learning_rate must be above 0 and finite, but is {self.learning_rate}.")
 
     def local(self, client: Client, message: Tensors) -> Work:
         """One gradient over all examples; no step."""

@@ -64,7 +64,7 @@ class Scaffold(Method):
         training = plan.training
         if training.optim != "sgd" or training.max_grad_norm or training.weight_decay:
             raise RecipeError(
-                "scaffold corrects the gradients of plain SGD, so training.optim must be sgd and max_grad_norm and "
+                f"{self.id} corrects the gradients of plain SGD, so training.optim must be sgd and max_grad_norm and "
                 f"weight_decay 0, but they are {training.optim}, {training.max_grad_norm:g} and "
                 f"{training.weight_decay:g}. Set them, or choose fedprox or feddyn, which take any optimizer."
             )

@@ -83,7 +83,7 @@ class PFedPG(Method):
         arxiv="2308.15367",
     )
     share: ClassVar[trees.Patterns] = (NAME,)
-    traits: ClassVar[Traits] = Method.traits - {Trait.LINEAR, Trait.FORGETFUL}
+    traits: ClassVar[Traits] = Method.traits - {Trait.LINEAR, Trait.FORGETFUL, Trait.GLOBAL}
     needs: ClassVar[Traits] = frozenset({Trait.VISIBLE, Trait.ALIGNED})
     spaces: ClassVar[tuple[str, ...]] = ("prompt",)
     tasks: ClassVar[tuple[str, ...]] = ("classify",)

@@ -1,0 +1,91 @@
+"""Which parts go with which method: checked when a federation is built, and shown as a matrix."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from fedfm.core import traits
+from fedfm.core.method import Method
+from fedfm.core.plan import Sampler
+from fedfm.core.traits import Part
+from fedfm.errors import Incompatible, RecipeError
+from fedfm.wire.stage import Setting
+
+NOTHING: dict[str, Any] = {"stages": (), "screens": (), "audits": (), "mean": None, "rule": None, "schedule": None}
+"""The arguments of a federation that hold parts which a method may bring, too."""
+
+
+def composed(method: Method, given: Mapping[str, Any]) -> dict[str, Any]:
+    """The parts that a user gave together with those that the method brings.
+
+    The method's stages come first, but those that pack tensors last: nothing can work on what they send.
+
+    Raises:
+        RecipeError: both name one of a sort of which there can be but one.
+    """
+    out = dict(given)
+    for name, part in method.parts().items():
+        if name == "stages":
+            packing = tuple(stage for stage in part if stage.packs)
+            out[name] = (*(stage for stage in part if not stage.packs), *given[name], *packing)
+        elif isinstance(given[name], tuple):
+            out[name] = (*part, *given[name])
+        elif given[name] is None:
+            out[name] = part
+        else:
+            raise RecipeError(
+                f"{method.id} brings its own {name} ({type(part).__name__}), so {type(given[name]).__name__} cannot be "
+                f"its {name}. Leave {name} out, or choose another method."
+            )
+    return out
+
+
+def check(method: Method, parts: Mapping[str, Any], setting: Setting) -> list[traits.Link]:
+    """How a method and parts compose, line by line.
+
+    Args:
+        method: the method.
+        parts: by the argument of a federation that they go to, as :func:`composed` gives them.
+        setting: what stages may look at.
+
+    Raises:
+        Incompatible: they do not compose; names both, the trait and what to do instead.
+        RecipeError: a stage cannot work in this setting.
+    """
+    who = type(method).__name__
+    for stage in parts["stages"]:
+        for phase in method.phases:
+            if (kind := method.kind(phase)) not in stage.kinds:
+                what = " and ".join(sorted(stage.kinds))
+                raise Incompatible(
+                    f"{type(stage).__name__} works on {what}, but {who} sends {kind} in its task {phase!r}. "
+                    f"Leave {type(stage).__name__} out."
+                )
+    order = [*parts["stages"], *parts["audits"], *parts["screens"], parts["mean"], parts["rule"], parts["schedule"]]
+    walked = traits.check(method, [part for part in (setting.sampler, *order) if isinstance(part, Part)])
+    if parts["schedule"] is not None:
+        parts["schedule"].fits(method, parts["screens"])
+    for stage in parts["stages"]:
+        stage.fits(setting)
+    return walked
+
+
+def refusal(method: Method, sort: str, part: Any, sampler: Sampler, clients: int = 1000) -> str:
+    """Why a part cannot go with a method; empty if it can.
+
+    Args:
+        method: by whatever settings.
+        sort: the argument of a federation that the part goes to; further stages that it needs come with it, as a tuple.
+        part: the part, or several of one sort.
+        sampler: how participants are drawn.
+        clients: how many there are.
+    """
+    parts = part if isinstance(part, tuple) else (part,)
+    given = {**NOTHING, sort: parts if isinstance(NOTHING[sort], tuple) else part}
+    try:
+        found = composed(method, given)
+        check(method, found, Setting(found["stages"], sampler, clients))
+    except (Incompatible, RecipeError) as error:
+        return str(error)
+    return ""

@@ -1,0 +1,58 @@
+"""The matrix of methods and parts, cell by cell: what it allows runs, what it refuses is refused when built."""
+
+from __future__ import annotations
+
+from dataclasses import fields, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fedfm import parts
+from fedfm.cli.inspect import SORTS, given, pairs
+from fedfm.core.method import Method
+from fedfm.errors import Incompatible, RecipeError
+from fedfm.sample import Poisson
+from fedfm.train import Trainer
+from tests.contract.world import METHODS, World, apart, small
+
+MATRIX = pairs()
+PARTS = {name: (folder, part) for folder in SORTS for name, part in parts.kinds(folder).items()}
+FEW = {"buffer": 2, "hostile": 0, "keep": 1, "max_orders": 3, "min_orders": 3, "fraction": 0.3}
+"""What is hostile or waited for must fit in a federation of three."""
+
+
+@pytest.fixture(scope="session")
+def world(llama_folder: Path, bert_folder: Path, masked_folder: Path) -> World:
+    return World({"causal_lm": llama_folder, "sequence_classification": bert_folder, "masked_lm": masked_folder})
+
+
+def argument(name: str) -> dict[str, Any]:
+    """The part as an argument of a federation of three."""
+    sort, made = given(*PARTS[name])
+    some = [
+        replace(one, **{f.name: FEW[f.name] for f in fields(one) if f.name in FEW})
+        for one in (made if isinstance(made, tuple) else (made,))
+    ]
+    together = {"sampler": Poisson(rate=1.0)} if sort == "stages" else {}
+    return {sort: tuple(some) if sort in ("stages", "screens", "audits") else some[0], **together}
+
+
+@pytest.mark.parametrize("kind", [m for m in METHODS if not m.simulated_only], ids=lambda cls: cls.id)
+def test_the_matrix_tells_the_truth(kind: type[Method], world: World) -> None:
+    assert MATRIX[kind.id].keys() == PARTS.keys()
+    for name, why in MATRIX[kind.id].items():
+        if why:
+            with pytest.raises((Incompatible, RecipeError)) as refused:
+                world.make(small(kind), rounds=1, **argument(name))
+            words, own = str(refused.value), small(kind).parts().values()
+            brought = [
+                type(part).__name__ for parts_ in own for part in (parts_ if isinstance(parts_, tuple) else (parts_,))
+            ]
+            assert any(who in words for who in (kind.__name__, kind.id, *brought)), (name, words)
+            assert PARTS[name][1].__name__ in words or "Clip" in words, (name, words)
+        else:
+            together = world.make(small(kind), rounds=1, **argument(name)).run()
+            alone = world.make(small(kind), rounds=1, engine=Trainer, **argument(name)).run()
+            assert apart(together, alone) < 1e-4, name
+            assert any(r["participants"] for r in together.records[1:]) or not together.records[1]["bytes_up"], name
