@@ -222,7 +222,7 @@ def test_nobody_came() -> None:
 
 
 def test_a_method_without_a_global_model(federation: Make) -> None:
-    with pytest.raises(Incompatible, match="GTGShapley needs GLOBAL .*, which FedSALoRA does not promise"):
+    with pytest.raises(Incompatible, match=r"GTGShapley needs GLOBAL .*, which FedSALoRA does not promise"):
         federation(FedSALoRA(), audits=(GTGShapley(),))
 
 
@@ -247,7 +247,7 @@ def test_looking_changes_nothing(federation: Make) -> None:
 
 def test_it_needs_to_see_single_uploads(federation: Make) -> None:
     stages = (Clip(1.0), Gaussian(noise_multiplier=1.0))
-    with pytest.raises(Incompatible, match="GTGShapley needs VISIBLE"):
+    with pytest.raises(Incompatible, match=r"GTGShapley needs VISIBLE"):
         federation(Method(), audits=(GTGShapley(),), stages=stages)
 
 

@@ -12,7 +12,7 @@ from tests.methods.optim.quadratic import Quadratics, apart
 
 
 def test_two_rounds_by_hand() -> None:
-    # One client, t = 1, one step of 0.5 each round. Round 1: change 0.5, v = 0.25 and the tau^2 = 1e-6 of its beginning:
+    # One client, t = 1, one step of 0.5 each round. Round 1: change 0.5, v = 0.25 and the tau^2 = 1e-6 from the start:
     # 0.1 * 0.5 / (0.5 + 0.001). Round 2 from w: change (1 - w) / 2 = d, v = 0.25 + d^2.
     clients = Quadratics({"a": (1.0, 1.0)}, rate=0.5)
     first = 0.1 * 0.5 / (0.5 + 1e-3)
