@@ -30,6 +30,19 @@ class RecipeError(FedfmError):
     """A recipe, an option or an argument that cannot be used."""
 
 
+def require(part: object, name: str, holds: bool, allowed: str) -> None:
+    """Raise :class:`RecipeError` unless a setting of a part is one that is allowed.
+
+    Args:
+        part: whose setting.
+        name: of the setting.
+        holds: whether it is allowed.
+        allowed: what is, in words that go on after "must be".
+    """
+    if not holds:
+        raise RecipeError(f"{type(part).__name__} {name} must be {allowed}, but is {getattr(part, name)!r}.")
+
+
 class Incompatible(RecipeError):
     """Two parts that do not compose; says who needs what, who takes it away, and what to do instead."""
 

@@ -161,8 +161,9 @@ def test_a_killed_command_goes_on_where_it_was(tiny: Path, monkeypatch: pytest.M
     assert not (tiny / "results" / "local-only.json").exists()
     before, ran[:] = list(ran), []
     assert run.main(["local-only"]) == 0
-    assert before == [(0, "local-only"), (0, "fedavg"), (1, "local-only")]
-    assert ran == [(1, "fedavg"), (2, "local-only"), (2, "fedavg")]
+    first, second, third = SEEDS
+    assert before == [(first, "local-only"), (first, "fedavg"), (second, "local-only")]
+    assert ran == [(second, "fedavg"), (third, "local-only"), (third, "fedavg")]
 
 
 def test_a_change_in_the_code_makes_runs_new(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:

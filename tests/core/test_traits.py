@@ -74,9 +74,7 @@ class Bare(Method):
     traits: ClassVar[Traits] = NONE
 
 
-ALL = frozenset(
-    {Trait.LINEAR, Trait.VISIBLE, Trait.ALIGNED, Trait.STEADY, Trait.DENSE, Trait.ONE_ASK, Trait.FORGETFUL, Trait.RULED}
-)
+ALL = frozenset(Trait) - {Trait.BOUNDED, Trait.UNIFORM, Trait.ANY_RANK}
 
 
 def message(method: Method, *parts: Part) -> str:

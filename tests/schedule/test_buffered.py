@@ -252,4 +252,4 @@ def test_bad_settings_are_refused(setting: dict[str, Any], allowed: str) -> None
     ((name, value),) = setting.items()
     with pytest.raises(RecipeError) as caught:
         Buffered(**setting)
-    assert str(caught.value) == f"Buffered {name} must be {allowed}, but is {value}."
+    assert str(caught.value) == f"Buffered {name} must be {allowed}, but is {value!r}."

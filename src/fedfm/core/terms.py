@@ -32,11 +32,11 @@ class Linear:
     """$\\langle s, v \\rangle$, whose gradient is $s$ whatever the weights are.
 
     Args:
-        slope: $s$, by name; names that are not trained are left out.
+        slope: $s$, by name; names that are not trained are left out, and names without a slope have none.
     """
 
     slope: Tensors
 
     def __call__(self, weights: Tensors, start: Tensors) -> torch.Tensor:
         parts = [(w * self.slope[n].to(w)).sum() for n, w in weights.items() if n in self.slope]
-        return torch.stack(parts).sum()
+        return torch.stack(parts).sum() if parts else torch.zeros(())

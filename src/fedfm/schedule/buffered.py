@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 from fedfm.core import trees
 from fedfm.core.method import Method, State
+from fedfm.errors import require
 from fedfm.schedule.clock import Arrival, Asynchronous
 
 if TYPE_CHECKING:
@@ -48,7 +49,7 @@ class Buffered(Asynchronous):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self._require("buffer", self.buffer >= 1, "at least 1")
+        require(self, "buffer", self.buffer >= 1, "at least 1")
 
     @property
     def wanted(self) -> int:

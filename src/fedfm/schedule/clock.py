@@ -17,7 +17,7 @@ from fedfm.core import seeds
 from fedfm.core.method import Method, State
 from fedfm.core.traits import Trait, Traits
 from fedfm.core.update import Kind, Member, Tensors, Update
-from fedfm.errors import Incompatible, NoUpdates, RecipeError
+from fedfm.errors import Incompatible, NoUpdates, RecipeError, require
 from fedfm.schedule.schedule import Memory, Schedule
 from fedfm.schedule.staleness import Discount, constant, hinge, polynomial
 
@@ -154,17 +154,13 @@ class Asynchronous(Schedule):
     jitter: float = 0.1
 
     def __post_init__(self) -> None:
-        self._require("concurrency", self.concurrency >= 0, "at least 1, or 0 for as many as the sampler draws")
+        require(self, "concurrency", self.concurrency >= 0, "at least 1, or 0 for as many as the sampler draws")
         known = ("constant", "polynomial", "hinge")
-        self._require("discount", self.discount in known, f"one of {', '.join(known)}")
+        require(self, "discount", self.discount in known, f"one of {', '.join(known)}")
         for name in ("power", "slope", "sigma", "jitter"):
-            self._require(name, 0 <= getattr(self, name) < math.inf, "at least 0 and finite")
-        self._require("grace", self.grace >= 0, "at least 0")
-        self._require("max_staleness", self.max_staleness >= -1, "at least 0, or -1 to drop none")
-
-    def _require(self, name: str, holds: bool, allowed: str) -> None:
-        if not holds:
-            raise RecipeError(f"{type(self).__name__} {name} must be {allowed}, but is {getattr(self, name)}.")
+            require(self, name, 0 <= getattr(self, name) < math.inf, "at least 0 and finite")
+        require(self, "grace", self.grace >= 0, "at least 0")
+        require(self, "max_staleness", self.max_staleness >= -1, "at least 0, or -1 to drop none")
 
     @property
     @abstractmethod

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 from fedfm.core import trees
 from fedfm.core.method import Method, State
+from fedfm.errors import require
 from fedfm.schedule.clock import Arrival, Asynchronous
 
 if TYPE_CHECKING:
@@ -47,7 +48,7 @@ class Mixing(Asynchronous):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self._require("alpha", 0 < self.alpha <= 1, "above 0 and at most 1")
+        require(self, "alpha", 0 < self.alpha <= 1, "above 0 and at most 1")
 
     @property
     def wanted(self) -> int:

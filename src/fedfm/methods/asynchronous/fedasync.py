@@ -20,7 +20,7 @@ from fedfm.core.jobs import Term
 from fedfm.core.method import Client, Method, Paper
 from fedfm.core.terms import Proximal
 from fedfm.core.update import Tensors
-from fedfm.errors import RecipeError
+from fedfm.errors import require
 from fedfm.schedule.mixing import Mixing
 from fedfm.schedule.staleness import Discount
 
@@ -61,8 +61,7 @@ class FedAsync(Method):
     sigma: float = 1.0
 
     def __post_init__(self) -> None:
-        if not 0 <= self.rho < math.inf:
-            raise RecipeError(f"FedAsync rho must be at least 0 and finite, but is {self.rho}.")
+        require(self, "rho", 0 <= self.rho < math.inf, "at least 0 and finite")
         self.parts()  # refuses wrong settings of the rule
 
     def terms(self, client: Client, message: Tensors) -> tuple[Term, ...]:

@@ -27,7 +27,7 @@ from fedfm.core.method import Client, Mean, Method, Paper, Rule, State, Work
 from fedfm.core.space import Layout
 from fedfm.core.traits import Trait, Traits
 from fedfm.core.update import Kind, Member, Tensors, Update
-from fedfm.errors import NoUpdates, RecipeError
+from fedfm.errors import NoUpdates, require
 from fedfm.methods.lora import product
 
 
@@ -93,10 +93,8 @@ class HETLoRA(Method):
     decay: float = 1e-3
 
     def __post_init__(self) -> None:
-        if not 0 < self.gamma < 1:
-            raise RecipeError(f"HETLoRA gamma must be above 0 and below 1, but is {self.gamma}.")
-        if not 0 <= self.decay < float("inf"):
-            raise RecipeError(f"HETLoRA decay must be at least 0, but is {self.decay}.")
+        require(self, "gamma", 0 < self.gamma < 1, "above 0 and below 1")
+        require(self, "decay", 0 <= self.decay < float("inf"), "at least 0")
 
     def start(self, space: Layout) -> Ranked:
         return Ranked(super().start(space).weights)

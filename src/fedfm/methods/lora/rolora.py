@@ -22,7 +22,7 @@ from fedfm.core.method import Client, Method, Paper, Rule, State, Work
 from fedfm.core.space import Layout
 from fedfm.core.traits import Trait, Traits
 from fedfm.core.update import Member, Tensors, Update
-from fedfm.errors import RecipeError
+from fedfm.errors import require
 from fedfm.methods.lora import product
 
 FIXED = "fixed"
@@ -64,8 +64,7 @@ class RoLoRA(Method):
     first: Literal["B", "A"] = "B"
 
     def __post_init__(self) -> None:
-        if self.first not in ("B", "A"):
-            raise RecipeError(f"RoLoRA first must be B or A, but is {self.first!r}.")
+        require(self, "first", self.first in ("B", "A"), "B or A")
 
     def start(self, space: Layout) -> State:
         """Nobody had a turn yet."""

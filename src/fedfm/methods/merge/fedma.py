@@ -31,7 +31,7 @@ from fedfm.core.method import Client, Mean, Method, Paper, Server, State, Work
 from fedfm.core.space import Layout
 from fedfm.core.traits import Trait, Traits
 from fedfm.core.update import Tensors, Update
-from fedfm.errors import RecipeError
+from fedfm.errors import RecipeError, require
 from fedfm.methods.merge.matching import Block, blocks, matched_mean
 
 
@@ -70,8 +70,7 @@ class FedMA(Method):
     sweeps: int = 3
 
     def __post_init__(self) -> None:
-        if self.sweeps < 0:
-            raise RecipeError(f"FedMA sweeps must be at least 0, but is {self.sweeps}.")
+        require(self, "sweeps", self.sweeps >= 0, "at least 0")
 
     def start(self, space: Layout) -> State:
         """The beginning of a pass."""

@@ -26,7 +26,7 @@ from fedfm.core.method import Client, Paper, Rule, State, Work
 from fedfm.core.space import Layout
 from fedfm.core.terms import Proximal
 from fedfm.core.update import Tensors, Update
-from fedfm.errors import RecipeError
+from fedfm.errors import require
 from fedfm.methods.optim.scaffold import Controlled, Scaffold
 
 
@@ -62,8 +62,7 @@ class FedDC(Scaffold):
     alpha: float = 0.01
 
     def __post_init__(self) -> None:
-        if not 0 <= self.alpha < math.inf:
-            raise RecipeError(f"FedDC alpha must be at least 0 and finite, but is {self.alpha}.")
+        require(self, "alpha", 0 <= self.alpha < math.inf, "at least 0 and finite")
 
     def start(self, space: Layout) -> Decoupled:
         weights = trees.select(space.initial, self.share)

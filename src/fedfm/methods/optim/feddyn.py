@@ -15,8 +15,6 @@ import math
 from dataclasses import dataclass, field, replace
 from typing import ClassVar
 
-import torch
-
 from fedfm.core import trees
 from fedfm.core.jobs import Fit, Term
 from fedfm.core.method import Client, Method, Paper, Rule, State, Work
@@ -24,7 +22,7 @@ from fedfm.core.space import Layout
 from fedfm.core.terms import Linear, Proximal
 from fedfm.core.traits import Trait, Traits
 from fedfm.core.update import Tensors, Update
-from fedfm.errors import RecipeError
+from fedfm.errors import require
 
 
 @dataclass(frozen=True)
@@ -62,24 +60,20 @@ class FedDyn(Method):
     alpha: float = 0.1
 
     def __post_init__(self) -> None:
-        if not 0 < self.alpha < math.inf:
-            raise RecipeError(f"FedDyn alpha must be above 0 and finite, but is {self.alpha}.")
+        require(self, "alpha", 0 < self.alpha < math.inf, "above 0 and finite")
 
     def start(self, space: Layout) -> Dynamic:
-        weights = trees.select(space.initial, self.share)
-        zeros = {name: torch.zeros_like(tensor) for name, tensor in weights.items()}
-        return Dynamic(weights, drift=zeros, clients=space.clients)
+        weights = super().start(space).weights
+        return Dynamic(weights, drift=trees.scale(weights, 0.0), clients=space.clients)
 
     def terms(self, client: Client, message: Tensors) -> tuple[Term, ...]:
         """The proximal term, and from the second time on the linear one."""
-        own = Linear(trees.scale(client.private, -1.0))
-        return (Proximal(self.alpha, message), *((own,) if client.private else ()))
+        return Proximal(self.alpha, message), Linear(trees.scale(client.private, -1.0))
 
     def local(self, client: Client, message: Tensors) -> Work:
         fitted = yield Fit(message, train=self.train, terms=self.terms(client, message))
         change = trees.subtract(fitted.tensors, message)
-        before = client.private or {name: torch.zeros_like(tensor) for name, tensor in message.items()}
-        client.keep(trees.add(before, change, -self.alpha))
+        client.keep(trees.total((client.private, trees.scale(change, -self.alpha))))
         return Update(change, weight=1.0, metrics=fitted.metrics)
 
     def apply(self, state: State, combined: Update, rule: Rule) -> State:

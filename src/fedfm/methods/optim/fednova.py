@@ -24,7 +24,7 @@ from fedfm.core.method import Client, Method, Paper, Rule, State, Work
 from fedfm.core.plan import Plan
 from fedfm.core.terms import Proximal
 from fedfm.core.update import Kind, Tensors, Update
-from fedfm.errors import RecipeError
+from fedfm.errors import RecipeError, require
 
 
 @dataclass(frozen=True)
@@ -50,8 +50,7 @@ class FedNova(Method):
     mu: float = 0.0
 
     def __post_init__(self) -> None:
-        if not 0 <= self.mu < math.inf:
-            raise RecipeError(f"FedNova mu must be at least 0 and finite, but is {self.mu}.")
+        require(self, "mu", 0 <= self.mu < math.inf, "at least 0 and finite")
 
     def plan(self, plan: Plan) -> Plan:
         """See that the proximal term does not overshoot, as $a_k$ is then no sum of positive terms."""

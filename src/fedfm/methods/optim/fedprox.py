@@ -20,7 +20,7 @@ from fedfm.core.jobs import Term
 from fedfm.core.method import Client, Method, Paper
 from fedfm.core.terms import Proximal
 from fedfm.core.update import Tensors
-from fedfm.errors import RecipeError
+from fedfm.errors import require
 
 
 @dataclass(frozen=True)
@@ -42,8 +42,7 @@ class FedProx(Method):
     mu: float = 0.01
 
     def __post_init__(self) -> None:
-        if not 0 <= self.mu < math.inf:
-            raise RecipeError(f"FedProx mu must be at least 0 and finite, but is {self.mu}.")
+        require(self, "mu", 0 <= self.mu < math.inf, "at least 0 and finite")
 
     def terms(self, client: Client, message: Tensors) -> tuple[Term, ...]:
         """The proximal term around what was received."""

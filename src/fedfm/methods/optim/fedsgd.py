@@ -21,7 +21,7 @@ from fedfm.core import trees
 from fedfm.core.jobs import Gradient
 from fedfm.core.method import Client, Method, Paper, Rule, State, Work
 from fedfm.core.update import Tensors, Update
-from fedfm.errors import RecipeError
+from fedfm.errors import require
 
 
 @dataclass(frozen=True)
@@ -44,8 +44,7 @@ class FedSGD(Method):
     learning_rate: float = 0.1
 
     def __post_init__(self) -> None:
-        if not 0 < self.learning_rate < math.inf:
-            raise RecipeError(f"FedSGD learning_rate must be above 0 and finite, but is {self.learning_rate}.")
+        require(self, "learning_rate", 0 < self.learning_rate < math.inf, "above 0 and finite")
 
     def local(self, client: Client, message: Tensors) -> Work:
         """One gradient over all examples; no step."""

@@ -28,7 +28,7 @@ from fedfm.core.method import Client, Method, Paper, Server, State, Work
 from fedfm.core.space import Layout
 from fedfm.core.traits import Trait, Traits
 from fedfm.core.update import Kind, Member, Tensors, Update
-from fedfm.errors import RecipeError
+from fedfm.errors import RecipeError, require
 from fedfm.train.split import STACK, Back, Front, FrontBackward, Middle, Step
 
 Messages = Mapping[Member, Tensors]
@@ -74,8 +74,7 @@ class FedBERT(Method):
     mode: Literal["parallel", "sequential"] = "parallel"
 
     def __post_init__(self) -> None:
-        if self.mode not in ("parallel", "sequential"):
-            raise RecipeError(f"FedBERT mode must be parallel or sequential, but is {self.mode!r}.")
+        require(self, "mode", self.mode in ("parallel", "sequential"), "parallel or sequential")
 
     def start(self, space: Layout) -> State:
         """All parts, and an optimizer that has not stepped yet."""

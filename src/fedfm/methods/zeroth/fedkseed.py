@@ -28,7 +28,7 @@ from fedfm.core.method import Client, Method, Paper, State, Work
 from fedfm.core.space import Layout
 from fedfm.core.trees import Patterns
 from fedfm.core.update import Kind, Tensors, Update
-from fedfm.errors import RecipeError
+from fedfm.errors import require
 from fedfm.train.zeroth import At, Descend, moved
 
 
@@ -60,10 +60,8 @@ class FedKSeed(Method):
     epsilon: float = 5e-4
 
     def __post_init__(self) -> None:
-        if self.seeds < 1:
-            raise RecipeError(f"FedKSeed seeds must be at least 1, but is {self.seeds}.")
-        if not 0 < self.epsilon < float("inf"):
-            raise RecipeError(f"FedKSeed epsilon must be above 0 and finite, but is {self.epsilon}.")
+        require(self, "seeds", self.seeds >= 1, "at least 1")
+        require(self, "epsilon", 0 < self.epsilon < float("inf"), "above 0 and finite")
 
     def start(self, space: Layout) -> State:
         """No direction has been taken."""
@@ -76,8 +74,7 @@ class FedKSeed(Method):
     def local(self, client: Client, message: Tensors) -> Work:
         """Go from where all stand, and tell how far along which direction."""
         done = yield Descend({}, coefficients=message["coefficients"], epsilon=self.epsilon)
-        numbers = {"loss": done.loss, "steps": done.steps, "examples": done.examples}
-        return Update(done.tensors, weight=client.member.examples, metrics=numbers, kind=self.sends)
+        return Update(done.tensors, weight=client.member.examples, metrics=done.metrics, kind=self.sends)
 
     def _score(self, client: Client, message: Tensors, split: str) -> Work:
         scores = yield At({}, coefficients=message["coefficients"], job=Loss({}, split=split))
