@@ -253,8 +253,8 @@ SCENARIOS: dict[str, Scenario] = {
     "prompt": _headlines(
         f"{SKEW}, 4 a round, 8 prompt vectors, AdamW",
         space={"kind": "prompt", "num_virtual_tokens": 8},
-        training={**ADAMW, "learning_rate": 1e-2},
-        rounds=3,
+        training={**ADAMW, "learning_rate": 3e-2},
+        rounds=15,
     ),
     "banking": Scenario(
         "8 clients with 3 classes each, 4 a round, AdamW",
