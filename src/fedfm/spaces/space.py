@@ -134,7 +134,9 @@ class Attached:
         for name, parameter in self.parameters.items():
             value = tensors[name] if name in tensors else self.initial[name]
             value = value.to(parameter.device)
-            if value.shape == parameter.shape:
+            if value.shape == parameter.shape and name not in tensors and not isinstance(self.initial, dict):
+                parameter.data.copy_(value)  # one at a time, as it was read from disk for this
+            elif value.shape == parameter.shape:
                 same[0].append(parameter.data)
                 same[1].append(value)
             else:
