@@ -14,10 +14,11 @@ from fedfm.core.method import Method
 from fedfm.errors import Incompatible, RecipeError
 from fedfm.sample import Poisson
 from fedfm.train import Trainer
-from tests.contract.world import METHODS, World, apart, small
+from tests.contract.world import METHODS, PLAIN, World, apart, small
 
 MATRIX = pairs()
 PARTS = {name: (folder, part) for folder in SORTS for name, part in parts.kinds(folder).items()}
+BRIEF = replace(PLAIN, max_steps=1)
 FEW = {"buffer": 2, "hostile": 0, "keep": 1, "max_orders": 3, "min_orders": 3, "fraction": 0.3}
 """What is hostile or waited for must fit in a federation of three."""
 
@@ -44,7 +45,7 @@ def test_the_matrix_tells_the_truth(kind: type[Method], world: World) -> None:
     for name, why in MATRIX[kind.id].items():
         if why:
             with pytest.raises((Incompatible, RecipeError)) as refused:
-                world.make(small(kind), rounds=1, **argument(name))
+                world.make(small(kind), rounds=1, training=BRIEF, **argument(name))
             words, own = str(refused.value), small(kind).parts().values()
             brought = [
                 type(part).__name__ for parts_ in own for part in (parts_ if isinstance(parts_, tuple) else (parts_,))
@@ -52,7 +53,7 @@ def test_the_matrix_tells_the_truth(kind: type[Method], world: World) -> None:
             assert any(who in words for who in (kind.__name__, kind.id, *brought)), (name, words)
             assert PARTS[name][1].__name__ in words or "Clip" in words, (name, words)
         else:
-            together = world.make(small(kind), rounds=1, **argument(name)).run()
-            alone = world.make(small(kind), rounds=1, engine=Trainer, **argument(name)).run()
+            together = world.make(small(kind), rounds=1, training=BRIEF, **argument(name)).run()
+            alone = world.make(small(kind), rounds=1, training=BRIEF, engine=Trainer, **argument(name)).run()
             assert apart(together, alone) < 1e-4, name
             assert any(r["participants"] for r in together.records[1:]) or not together.records[1]["bytes_up"], name
