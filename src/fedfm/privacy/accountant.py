@@ -24,6 +24,7 @@ Poisson sample of the same mean size. Figures of the two kinds of guarantee are 
 from __future__ import annotations
 
 import math
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -117,6 +118,7 @@ def gaussian(noise_multiplier: float, rounds: int, delta: float) -> float:
 _epsilon = epsilon  # for functions in which this is the name of a number
 
 
+@lru_cache(maxsize=4096)  # asked before, during and after every round, and by every row of the matrix
 def _poisson(noise_multiplier: float, rate: float, rounds: int, delta: float) -> float:
     dp = _library()
     event = dp.SelfComposedDpEvent(dp.PoissonSampledDpEvent(rate, dp.GaussianDpEvent(noise_multiplier)), rounds)
@@ -129,6 +131,7 @@ def _poisson(noise_multiplier: float, rate: float, rounds: int, delta: float) ->
     return min(coarse, float(dp.pld.PLDAccountant(relation).compose(event).get_epsilon(delta)))
 
 
+@lru_cache(maxsize=4096)
 def _without_replacement(noise_multiplier: float, population: int, m: int, rounds: int, delta: float) -> float:
     dp = _library()
     one = dp.SampledWithoutReplacementDpEvent(population, m, dp.GaussianDpEvent(noise_multiplier))
