@@ -35,3 +35,15 @@ def generator(seed: int, *names: str | int, device: str | torch.device = "cpu") 
 def numpy_generator(seed: int, *names: str | int) -> np.random.Generator:
     """A NumPy generator for the draw called ``names``."""
     return np.random.default_rng(derive(seed, *names))
+
+
+def seed_torch(seed: int, device: torch.device) -> None:
+    """Seed torch's own generators, of the processor and of ``device``, for layers that draw from these.
+
+    ``torch.manual_seed`` would also queue a call, with a stack trace, for every kind of device that is absent: that
+    takes milliseconds and is never let go.
+    """
+    torch.default_generator.manual_seed(seed)
+    if device.type == "cuda":
+        with torch.cuda.device(device):
+            torch.cuda.manual_seed(seed)

@@ -286,7 +286,8 @@ def _training(trainer: Trainer, client: Client, part: str, step: int) -> Iterato
     cuda = [trainer.device] if trainer.device.type == "cuda" else []
     bf16 = torch.autocast(trainer.device.type, dtype=torch.bfloat16, enabled=trainer.training.bf16)
     with torch.random.fork_rng(devices=cuda), bf16:
-        torch.manual_seed(seeds.derive(trainer.seed, client.round, client.member.id, "split", part, step))
+        seed = seeds.derive(trainer.seed, client.round, client.member.id, "split", part, step)
+        seeds.seed_torch(seed, trainer.device)
         yield
 
 

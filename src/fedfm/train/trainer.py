@@ -162,7 +162,7 @@ class Trainer:
         loss_sum, seen = torch.zeros((), dtype=torch.float64), 0
         self._mode(training=True)
         with torch.random.fork_rng(devices=self._cuda()):
-            torch.manual_seed(seeds.derive(self.seed, *names, "dropout"))
+            seeds.seed_torch(seeds.derive(self.seed, *names, "dropout"), self.device)
             for _ in range(steps):
                 places = list(islice(order, args.gradient_accumulation_steps))
                 group = [[examples[i] for i in chunk] for chunk in places]
