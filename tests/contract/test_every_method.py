@@ -402,7 +402,13 @@ def numbers(outcome: Outcome) -> list[Any]:
     told: list[Any] = [spread(outcome.state)[0]]
     for record in outcome.records:
         clients = record.get("participants", {}).values()
-        told.append([record["validation"], *({k: v for k, v in c.items() if k != "seconds"} for c in clients)])
+        told.append(
+            [
+                record["validation"],
+                record.get("bytes_down"),
+                *({k: v for k, v in c.items() if k != "seconds"} for c in clients),
+            ]
+        )
     return told
 
 

@@ -100,8 +100,8 @@ class World:
 
 
 def small(kind: type[Method], **settings: Any) -> Method:
-    """An instance with no count above 3: how much a method does by default must not make its tests slow."""
-    counts = {f.name: 3 for f in fields(kind) if type(f.default) is int and f.default > 3}
+    """An instance with no count above 2: how much a method does by default must not make its tests slow."""
+    counts = {f.name: 2 for f in fields(kind) if type(f.default) is int and f.default > 2}
     return kind(**{**counts, **settings})
 
 

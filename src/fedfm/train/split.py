@@ -282,7 +282,8 @@ def _replaced(parent: nn.Module, name: str, stand_in: nn.Module) -> Iterator[Non
 @contextmanager
 def _training(trainer: Trainer, client: Client, part: str, step: int) -> Iterator[None]:
     """Within it, the model trains, with the dropout of this client, part and step."""
-    trainer.loaded.model.train()
+    if not trainer.loaded.model.training:  # a step calls this many times, and it walks all modules
+        trainer.loaded.model.train()
     cuda = [trainer.device] if trainer.device.type == "cuda" else []
     bf16 = torch.autocast(trainer.device.type, dtype=torch.bfloat16, enabled=trainer.training.bf16)
     with torch.random.fork_rng(devices=cuda), bf16:

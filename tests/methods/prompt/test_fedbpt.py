@@ -14,13 +14,14 @@ from fedfm.core import seeds, trees
 from fedfm.core.client import View, work
 from fedfm.core.jobs import Job, Loss, Scores
 from fedfm.core.mean import WeightedMean
+from fedfm.core.method import State
 from fedfm.core.space import Layout
 from fedfm.core.traits import Trait
 from fedfm.core.update import Kind, Member, Tensors, Update
 from fedfm.errors import DataError, Incompatible, RecipeError
 from fedfm.federation import Federation
 from fedfm.methods.prompt.cma_es import Search, ask, tell
-from fedfm.methods.prompt.fedbpt import FedBPT, SearchState
+from fedfm.methods.prompt.fedbpt import FedBPT
 from fedfm.rules import Add
 from fedfm.spaces import LoRA, Prompt
 
@@ -51,7 +52,7 @@ def view(id: str = "ann", space: Layout | None = None) -> View:
     return View(Member(id, 4), 1, space=space or layout())
 
 
-def local(method: FedBPT, state: SearchState, client: View, target: torch.Tensor, seen: Any = None) -> Update:
+def local(method: FedBPT, state: State, client: View, target: torch.Tensor, seen: Any = None) -> Update:
     update = work(method, "local", client, method.message(state, client.member), quadratic(target, seen))
     return Update(update.tensors, update.weight, update.metrics, update.kind, client.member.id)
 
@@ -100,14 +101,13 @@ def test_step_sizes_by_hand() -> None:
     before = Search.start(torch.zeros(2), wide)
     after = tell(before, torch.tensor([[1.0, 0.0], [0.0, 1.0]]), torch.tensor([3.0, 1.0]), parents=2)
     new = method.apply(state, method.combine(state, uploads, WeightedMean()), Add())
-    assert isinstance(new, SearchState)
     # Weights of two parents: ln 2.5 and ln 1.25, that is 0.8042 and 0.1958; the second client is the better one.
     assert new.weights["mean"].tolist() == pytest.approx([0.1958, 0.8042], abs=1e-4)
     assert new.weights["sigma"].item() == pytest.approx(min(2.0, max(0.5, 2.0 * after.sigma / wide)))
     assert 0.5 < new.weights["sigma"].item() < 2.0
     torch.testing.assert_close(new.weights["covariance"], after.covariance)
-    torch.testing.assert_close(new.paths["sigma"], after.path_sigma)
-    assert new.generation == 1
+    torch.testing.assert_close(new.weights["path_sigma"], after.path_sigma)
+    assert new.weights["generation"] == 1
 
 
 def test_the_step_size_is_bounded_on_both_sides() -> None:

@@ -16,10 +16,12 @@ Letters in shapes: D dimensions of the search, N candidates.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import cached_property
 
 import torch
+
+from fedfm.core.update import Tensors
 
 
 @dataclass(frozen=True)
@@ -56,6 +58,19 @@ class Search:
         """Principal axes B, in columns ``[D, D]``, and standard deviations along them ``[D]``: $C = B D^2 B^T$."""
         values, vectors = torch.linalg.eigh(self.covariance)
         return vectors, values.clamp(min=1e-20).sqrt()
+
+    @classmethod
+    def of(cls, tensors: Tensors) -> Search:
+        """The search of which :attr:`tensors` tells."""
+        mean, covariance, path, path_c = (
+            tensors[name] for name in ("mean", "covariance", "path_sigma", "path_covariance")
+        )
+        return cls(mean, float(tensors["sigma"]), covariance, path, path_c, int(tensors["generation"]))
+
+    @property
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """Everything by name, in float64: plain tensors are what a state can hold."""
+        return {f.name: torch.as_tensor(getattr(self, f.name), dtype=torch.float64) for f in fields(self)}
 
     def whiten(self, steps: torch.Tensor) -> torch.Tensor:
         """$C^{-1/2} y$ of every row ``[N, D]``."""

@@ -22,7 +22,7 @@ Differences from the paper:
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Iterable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import torch
@@ -36,19 +36,6 @@ from fedfm.core.update import Kind, Member, Tensors, Update
 from fedfm.errors import DataError, RecipeError
 from fedfm.methods.prompt.cma_es import Search, ask, ranking, tell
 from fedfm.spaces.prompt import NAME
-
-
-@dataclass(frozen=True)
-class SearchState(State):
-    """The server's search; ``weights`` holds ``mean``, ``sigma`` and ``covariance``.
-
-    Args:
-        paths: evolution paths, ``sigma`` and ``covariance``.
-        generation: rounds so far.
-    """
-
-    paths: Tensors = field(default_factory=dict)
-    generation: int = 0
 
 
 @dataclass(frozen=True)
@@ -101,12 +88,12 @@ class FedBPT(Method):
                 f"{self.sigma} and {self.least_sigma}."
             )
 
-    def start(self, space: Layout) -> SearchState:
-        search = Search.start(torch.zeros(self.intrinsic_dimension), self.sigma)
-        return _state(SearchState({}), search)
+    def start(self, space: Layout) -> State:
+        """The whole search lies in the weights, so a server rule can move its mean."""
+        return State(Search.start(torch.zeros(self.intrinsic_dimension), self.sigma).tensors)
 
     def message(self, state: State, member: Member) -> Tensors:
-        return {name: tensor.float() for name, tensor in state.weights.items()}
+        return {name: state.weights[name].float() for name in ("mean", "sigma", "covariance")}
 
     def compose(self, client: Client, message: Tensors) -> Tensors:
         return {NAME: self._prompts(client.space)(message["mean"])}
@@ -137,34 +124,20 @@ class FedBPT(Method):
 
     def combine(self, state: State, updates: Iterable[Update], mean: Mean) -> Update:
         """The global search after its step."""
-        assert isinstance(state, SearchState)
-        seen = list(updates)
+        seen, before = list(updates), Search.of(state.weights)
         points, fitness, sigmas = (
             torch.stack([u.tensors[n] for u in seen]).double() for n in ("mean", "fitness", "sigmas")
         )
         parents = int((ranking(self.population) > 0).sum())
         wide = float((sigmas.square().sum() / len(seen) / parents).sqrt())  # sigma_g
-        before = Search(
-            state.weights["mean"],
-            wide,
-            state.weights["covariance"],
-            state.paths["sigma"],
-            state.paths["covariance"],
-            state.generation,
-        )
-        after = tell(before, points, fitness, parents=len(seen))
-        sigma = float(state.weights["sigma"])
-        sigma = min(sigma, max(self.least_sigma, sigma * after.sigma / wide))
-        new = _state(state, replace(after, sigma=sigma))
-        return Update({**new.weights, **trees.mark("path", new.paths)}, len(seen), kind=Kind.KNOWLEDGE, member="mean")
+        after = tell(replace(before, sigma=wide), points, fitness, parents=len(seen))
+        sigma = min(before.sigma, max(self.least_sigma, before.sigma * after.sigma / wide))
+        return Update(replace(after, sigma=sigma).tensors, len(seen), kind=Kind.KNOWLEDGE, member="mean")
 
     def apply(self, state: State, combined: Update, rule: Rule) -> State:
-        assert isinstance(state, SearchState)
-        new = trees.marked("", combined.tensors)
         old = {"mean": state.weights["mean"]}
-        moved, memory = rule(old, {"mean": new["mean"] - old["mean"]}, state.memory)
-        paths = trees.marked("path", combined.tensors)
-        return SearchState({**new, **moved}, memory, paths, state.generation + 1)
+        moved, memory = rule(old, {"mean": combined.tensors["mean"] - old["mean"]}, state.memory)
+        return replace(state, weights={**combined.tensors, **moved}, memory=memory)
 
     def _prompts(self, space: Layout) -> Callable[[torch.Tensor], torch.Tensor]:
         """The map from z ``[d]`` to a prompt ``[L, D]``; the same for every party, so A never travels."""
@@ -181,13 +154,3 @@ def _fitness(tensors: Tensors, client: Client) -> Generator[Job, Any, float]:
     if not len(scores.loss):
         raise DataError(f"client {client.member.id!r} has no training example from which there is something to learn")
     return float(scores.loss.double().sum() / scores.count.sum())
-
-
-def _state(state: SearchState, search: Search) -> SearchState:
-    weights = {
-        "mean": search.mean,
-        "sigma": torch.tensor(search.sigma, dtype=torch.float64),
-        "covariance": search.covariance,
-    }
-    paths = {"sigma": search.path_sigma, "covariance": search.path_covariance}
-    return replace(state, weights=weights, paths=paths)
