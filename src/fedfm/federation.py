@@ -15,6 +15,7 @@ from fedfm.core.plan import Members, Plan, Profiled, Sampler, Training
 from fedfm.core.space import Layout
 from fedfm.core.traits import Trait
 from fedfm.core.update import Tensors
+from fedfm.data.names import Ids
 from fedfm.errors import Incompatible, RecipeError, Stopped
 from fedfm.evaluate.assessment import Assessment, Evaluation, assess
 from fedfm.links.inprocess import InProcess
@@ -135,7 +136,9 @@ class Federation:
         self.base_plan = Plan(people, sampler or Uniform(), training or Training(), rounds)
         self._members = members
         self.plan = method.plan(self.base_plan)
-        self.ids = sorted(self.plan.members.ids)
+        named = self.plan.members.ids
+        # A million names as Python texts would take a second and 64 MB; these are made when they are looked at.
+        self.ids: Sequence[str] = named.ordered() if isinstance(named, Ids) else sorted(named)
         self.setting = Setting(self.stages, self.plan.sampler, len(self.ids))
         self.composition = self.check()
         self._stop = False
@@ -215,6 +218,7 @@ class Federation:
             self.plan.training,
             members,
             trunk=self.bench.trunk if self.plan.training.cache_frozen_blocks else None,
+            packer=self.bench.packer if self.plan.training.padding_free else None,
             public=self.public,
             seed=self.seed,
             rounds=self.plan.rounds,
@@ -349,5 +353,5 @@ class Federation:
     def _panel(self) -> list[str]:
         """The clients that are scored during training."""
         if len(self.ids) <= self.evaluation.max_clients:
-            return self.ids
+            return list(self.ids)
         return Uniform(count=self.evaluation.max_clients).sample(self.ids, 0, self.seed)

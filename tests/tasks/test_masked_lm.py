@@ -115,7 +115,7 @@ def test_loss_at_hidden_positions_without_a_shift() -> None:
     model = Given(torch.stack([torch.zeros_like(x), x], dim=-1))
     ignore = -100
     target = torch.tensor([[ignore, 1, ignore, 0], [ignore, ignore, 0, ignore]])
-    batch = Batch(torch.zeros(2, 4, dtype=torch.long), torch.tensor([4, 3]), target)
+    batch = Batch.of(torch.zeros(2, 4, dtype=torch.long), torch.tensor([4, 3]), target)
     losses = MaskedLM().losses(TaskModel(model), batch)
     # log(4/3) + log 2 = log(8/3); log 5.
     assert losses.total.tolist() == pytest.approx([math.log(8 / 3), math.log(5)])
@@ -130,7 +130,7 @@ def test_loss_at_hidden_positions_without_a_shift() -> None:
 def test_padding_has_no_say() -> None:
     x = torch.zeros(1, 3, 2)
     target = torch.tensor([[-100, 1, -100]])
-    batch = Batch(torch.zeros(1, 3, dtype=torch.long), torch.tensor([2]), target)
+    batch = Batch.of(torch.zeros(1, 3, dtype=torch.long), torch.tensor([2]), target)
     assert MaskedLM().losses(TaskModel(Given(x)), batch).total.tolist() == pytest.approx([math.log(2)])
 
 

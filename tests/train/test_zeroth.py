@@ -292,9 +292,9 @@ def test_steps_and_batches_are_those_of_a_fit(full: Trainer, monkeypatch: pytest
     losses = full._losses
     for at, job in enumerate((Fit({}), Descend({}, coefficients=torch.zeros(1), epsilon=1e-3))):
 
-        def noted(examples: list[Any], batch: Any, at: int = at) -> Any:
+        def noted(examples: list[Any], batch: Any, at: int = at, **others: Any) -> Any:
             batches[at].append(batch.input_ids.tolist())
-            return losses(examples, batch)
+            return losses(examples, batch, **others)
 
         monkeypatch.setattr(full, "_losses", noted)
         assert full.answer(job, view(full)).steps == 3

@@ -96,6 +96,8 @@ class Training:
         adam_epsilon: AdamW's epsilon.
         max_grad_norm: gradients are clipped to this norm; 0 means no clipping.
         bf16: compute in bfloat16 by autocast; weights and updates stay float32.
+        padding_free: compute no padding, and what a client's rows have in common at their beginning only once; the
+            numbers are the same up to rounding.
         group_by_length: put examples of similar length into one batch.
         cache_frozen_blocks: where only upper blocks are tuned, keep what enters them for each example in memory instead
             of computing it anew in each step; not done where the lower blocks draw dropout.
@@ -115,6 +117,7 @@ class Training:
     adam_epsilon: float = 1e-8
     max_grad_norm: float = 1.0
     bf16: bool = False
+    padding_free: bool = True
     group_by_length: bool = False
     cache_frozen_blocks: bool = True
 

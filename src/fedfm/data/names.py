@@ -38,6 +38,10 @@ class Ids(Sequence[str]):
     def take(self, positions: np.ndarray) -> Ids:
         """The ids at these increasing positions, int64 ``[C]``."""
 
+    @abstractmethod
+    def ordered(self) -> Ids:
+        """The same ids in the order in which Python sorts texts."""
+
     @overload
     def __getitem__(self, at: int) -> str: ...
     @overload
@@ -103,6 +107,9 @@ class Numbered(Ids):
         position = bisect_left(self.numbers, number)
         return position if position < len(self) and self.numbers[position] == number else -1
 
+    def ordered(self) -> Numbered:
+        return self
+
     def take(self, positions: np.ndarray) -> Numbered:
         return Numbered(np.asarray(self.numbers, dtype=np.int64)[positions], self.width)
 
@@ -129,6 +136,9 @@ class Named(Ids):
         at = bisect_left(self._sorter, id, key=lambda position: self.names[int(position)].as_py())
         found = at < len(self) and self.names[int(self._sorter[at])].as_py() == id
         return int(self._sorter[at]) if found else -1
+
+    def ordered(self) -> Named:
+        return self.take(self._sorter)
 
     def take(self, positions: np.ndarray) -> Named:
         return Named(self.names.take(pa.array(positions)))

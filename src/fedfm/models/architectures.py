@@ -159,3 +159,11 @@ def head_split(model: Any) -> HeadSplit | None:
         split = head(output.last_hidden_state)
         whole = model(input_ids=ids, use_cache=False).logits
     return HeadSplit(prefix, path) if torch.equal(split, whole) else None
+
+
+@torch.no_grad()
+def looks_back(body: nn.Module) -> bool:
+    """Whether what a model makes of a token depends on no later token; tried out on four tokens."""
+    ids = torch.tensor([[4, 5, 6, 7], [4, 5, 6, 8]], device=next(body.parameters()).device)
+    hidden = body(input_ids=ids, attention_mask=torch.ones_like(ids)).last_hidden_state  # [2, T, D]
+    return torch.equal(hidden[0, :3], hidden[1, :3])

@@ -40,7 +40,8 @@ from torch import nn
 
 from fedfm.core import seeds
 from fedfm.errors import ModelError, RecipeError
-from fedfm.spaces.space import Attached, Space
+from fedfm.models.architectures import looks_back
+from fedfm.spaces.space import Attached, ByRow, Space
 
 if TYPE_CHECKING:
     from fedfm.models import Loaded
@@ -73,13 +74,14 @@ class Prompt(Space):
                 f"({loaded.architecture.family}) does not. Choose the space lora or full."
             )
         embedding = attrgetter(loaded.architecture.embeddings)(model)
-        at = 0 if _looks_back(body) else 1
+        at = 0 if looks_back(body) else 1
         words = min(len(loaded.tokenizer), embedding.weight.shape[0])
         drawn = torch.randint(words, (self.num_virtual_tokens,), generator=seeds.generator(seed, "space"))
         with torch.no_grad():
             prompt = nn.Parameter(embedding(drawn.to(embedding.weight.device)).float(), requires_grad=False)
-        body.register_parameter(NAME, prompt)
-        hooks = _hooks(body, embedding, prompt, at)
+        holder = ByRow(prompt)
+        body.add_module(NAME, holder)
+        hooks = _hooks(body, embedding, holder, at)
 
         tuned = loaded.new_modules
         if loaded.head == "sequence_classification":
@@ -128,18 +130,10 @@ class Prompt(Space):
         return about
 
 
-@torch.no_grad()
-def _looks_back(body: nn.Module) -> bool:
-    """Whether what a model makes of a token depends on no later token; tried out on four tokens."""
-    ids = torch.tensor([[4, 5, 6, 7], [4, 5, 6, 8]], device=next(body.parameters()).device)
-    hidden = body(input_ids=ids, attention_mask=torch.ones_like(ids)).last_hidden_state  # [2, T, D]
-    return torch.equal(hidden[0, :3], hidden[1, :3])
-
-
-def _hooks(body: nn.Module, embedding: nn.Module, prompt: nn.Parameter, at: int) -> list[Any]:
+def _hooks(body: nn.Module, embedding: nn.Module, prompt: ByRow, at: int) -> list[Any]:
     """Have ``body`` run with the prompt after the first ``at`` tokens, unseen from outside; returns the hooks."""
     names = list(inspect.signature(body.forward).parameters)
-    length = len(prompt)
+    length = len(prompt.weight)
     inside = True
 
     def put(values: torch.Tensor, among: torch.Tensor) -> torch.Tensor:
@@ -161,7 +155,7 @@ def _hooks(body: nn.Module, embedding: nn.Module, prompt: nn.Parameter, at: int)
         if inside:
             ids = given.pop("input_ids", None)
             tokens = given["inputs_embeds"] if ids is None else embedding(ids)  # [B, T, D]
-            given["inputs_embeds"] = put(prompt.expand(len(tokens), -1, -1), tokens)
+            given["inputs_embeds"] = put(prompt(len(tokens)), tokens)
             if (kinds := given.get("token_type_ids")) is not None:
                 given["token_type_ids"] = put(kinds.new_zeros(len(kinds), length), kinds)
         return (), given

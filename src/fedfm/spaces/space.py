@@ -86,6 +86,22 @@ def _equal(left: Tensors, right: Tensors) -> bool:
     return left.keys() == right.keys() and all(torch.equal(t, right[n]) for n, t in left.items())
 
 
+class ByRow(nn.Module):
+    """A tuned tensor that stands in each row of a batch, as a soft prompt does.
+
+    Args:
+        weight: ``[L, D]``.
+    """
+
+    def __init__(self, weight: nn.Parameter) -> None:
+        super().__init__()
+        self.weight = weight
+
+    def forward(self, rows: int) -> torch.Tensor:
+        """One for each row, ``[B, L, D]``."""
+        return self.weight.expand(rows, -1, -1)
+
+
 class Attached:
     """A space in a model. Holds the only copy of the model's weights; clients' tensors are copied in and out.
 
@@ -117,6 +133,8 @@ class Attached:
         self._detach = detach
         self._patches = Patches(bases or {})
         self._gates = gates
+        self.by_row = False
+        """Whether layers now do something of its own to each row of a batch."""
 
     @torch.no_grad()
     def load(self, tensors: Tensors, patches: Sequence[Tensors] = ()) -> None:
@@ -180,9 +198,11 @@ class Attached:
             return output * rows.to(output)[:, None, :]  # [B, T, R]
 
         handles = [module.register_forward_hook(weigh) for module in self._gates]
+        self.by_row = True
         try:
             yield
         finally:
+            self.by_row = False
             for handle in handles:
                 handle.remove()
 

@@ -12,13 +12,11 @@ import torch.nn.functional as F
 
 from fedfm.core.update import Tensors
 from fedfm.errors import RecipeError
+from fedfm.tasks.head import nats
 from fedfm.tasks.task import IGNORE, Batch, Example, Losses, Task, TaskModel
 
 if TYPE_CHECKING:
     from fedfm.models import Loaded
-
-CHUNK = 128
-"""Positions whose logits are held at once when scoring."""
 
 
 class NextToken(Task):
@@ -32,28 +30,21 @@ class NextToken(Task):
         The head runs at supervised positions only: its matrix is the largest of a small model. No attention mask is
         needed: padding stands at the end, and a causal model looks only back.
         """
-        targets = batch.target[:, 1:]
-        keep = targets != IGNORE  # [B, T-1]
+        count = (batch.target[:, 1:] != IGNORE).sum(1)
+        places = batch.places  # [S]
+        owner = places // batch.target.shape[1]
+        wanted = batch.target.flatten()[places + 1]
         if model.body is not None and model.head is not None:
             hidden = model.body(input_ids=batch.input_ids, use_cache=False).last_hidden_state  # [B, T, D]
-            states, head = hidden[:, :-1][keep], model.head  # [S, D]
+            lost = nats(model.head, hidden.flatten(0, 1)[places], wanted)
         else:
-            states = model.model(input_ids=batch.input_ids, use_cache=False).logits[:, :-1][keep]  # [S, V]
-            head = torch.nn.Identity()
-        # Scoring needs no more than one chunk of logits at a time; a gradient needs them all.
-        chunk = CHUNK if not torch.is_grad_enabled() else max(1, len(states))
-        nats = torch.cat(
-            [
-                F.cross_entropy(head(part).float(), wanted, reduction="none")
-                for part, wanted in zip(states.split(chunk), targets[keep].split(chunk), strict=True)
-            ]
-        )  # [S]
-        total = nats.new_zeros(len(targets)).index_add(0, keep.nonzero()[:, 0], nats)
-        count = keep.sum(1)
+            logits = model.model(input_ids=batch.input_ids, use_cache=False).logits  # [B, T, V]
+            lost = F.cross_entropy(logits.flatten(0, 1)[places].float(), wanted, reduction="none")
+        total = lost.new_zeros(len(count)).index_add(0, owner, lost)
         tally = {
             "loss": total.detach().double().sum(),
             "tokens": count.sum().double(),
-            "examples": count.new_tensor(len(targets)).double(),
+            "examples": torch.tensor(float(len(count)), dtype=torch.float64),
         }
         return Losses(total, count, tally)
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
+import torch.nn.functional as F
 
 from fedfm.core.update import Tensors
 from fedfm.errors import DataError, nearest
@@ -120,11 +121,27 @@ class Batch:
         input_ids: ``[B, T]``, padded at the end.
         lengths: real tokens of each example, ``[B]``.
         target: ``[B, T]`` for language models, ``[B]`` for classes.
+        places: of language models, where the next token is supervised, as indices of the B*T tokens, ``[S]``.
     """
 
     input_ids: torch.Tensor
     lengths: torch.Tensor
     target: torch.Tensor
+    places: torch.Tensor
+
+    def to(self, device: torch.device | str) -> Batch:
+        """The same on a device."""
+        return Batch(*(t.to(device, non_blocking=True) for t in vars(self).values()))
+
+    def part(self, rows: slice) -> Batch:
+        """Some of its rows."""
+        return Batch.of(self.input_ids[rows], self.lengths[rows], self.target[rows])
+
+    @classmethod
+    def of(cls, input_ids: torch.Tensor, lengths: torch.Tensor, target: torch.Tensor) -> Batch:
+        """A batch, with its places worked out."""
+        after = F.pad(target[:, 1:], (0, 1), value=IGNORE) if target.dim() == 2 else target.new_full((0,), IGNORE)
+        return cls(input_ids, lengths, target, (after != IGNORE).flatten().nonzero()[:, 0])
 
     @property
     def mask(self) -> torch.Tensor:
@@ -144,4 +161,4 @@ def collate(examples: Sequence[Example], pad_token_id: int, device: torch.device
         else pad([e.target for e in examples], batch_first=True, padding_value=IGNORE)
     )
     lengths = torch.tensor([len(e) for e in examples])
-    return Batch(ids.to(device), lengths.to(device), target.to(device))
+    return Batch.of(ids, lengths, target).to(device)

@@ -34,12 +34,17 @@ def batches(lengths: Sequence[int], size: int, draw: torch.Generator, by_length:
         yield from groups
 
 
+FIXED = 64
+"""Tokens whose 16 bytes each take as much memory as an example does beside its tokens: two tensors are a kilobyte."""
+
+
 class Encoded:
     """Tokenised examples by client and split, each made once; the least recently used go when there are too many.
 
     Args:
         encode: makes the examples of (client id, split).
-        limit: tokens kept, over all clients; a token takes 16 bytes.
+        limit: tokens kept, over all clients; a token takes 16 bytes, and the objects of an example as much as ``FIXED``
+            tokens.
     """
 
     def __init__(self, encode: Callable[[str, str], list[Example]], limit: int = 20_000_000) -> None:
@@ -53,9 +58,14 @@ class Encoded:
         key = (client, split)
         if key not in self._held:
             self._held[key] = self._encode(client, split)
-            self._tokens += sum(map(len, self._held[key]))
+            self._tokens += _cost(self._held[key])
             while self._tokens > self._limit and len(self._held) > 1:
                 _, gone = self._held.popitem(last=False)
-                self._tokens -= sum(map(len, gone))
+                self._tokens -= _cost(gone)
         self._held.move_to_end(key)
         return self._held[key]
+
+
+def _cost(examples: Sequence[Example]) -> int:
+    """What keeping these examples takes, in tokens."""
+    return sum(FIXED + len(example) for example in examples)

@@ -7,6 +7,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING
 
 from fedfm.spaces.space import Attached, Space
+from fedfm.train.packing import Packer
 from fedfm.train.trunk import Trunk
 
 if TYPE_CHECKING:
@@ -29,3 +30,8 @@ class Bench:
     def trunk(self) -> Trunk | None:
         """The blocks below the tuned ones, if what leaves them can be kept."""
         return Trunk.below(self.loaded, self.space)
+
+    @cached_property
+    def packer(self) -> Packer | None:
+        """Gives the model batches without padding, if it can have them."""
+        return Packer.of(self.loaded)

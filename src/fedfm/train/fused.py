@@ -1,17 +1,18 @@
 """The fused trainer: many clients' factors trained in one forward and backward on the one model in memory.
 
 Clients differ in what they tune and share what is frozen, which is nearly all of the work. Their batches are put one
-below the other, the frozen layers see one tall batch, and the tuned layers multiply each client's rows by its own
-weights (:mod:`fedfm.train.stacked`). The loss is the sum over the clients of each client's own loss, so no gradient
-crosses from one to another; clipping is per client, and AdamW and SGD work element by element, so a step on the stacks
-is a step of each client. Every answer equals that of :class:`Trainer` up to rounding (1e-5 in float32).
+below the other and packed (:mod:`fedfm.train.packing`), the frozen layers see one long batch, and the tuned layers
+multiply each client's part of it by its own weights (:mod:`fedfm.train.stacked`). The loss is the sum over the clients
+of each client's own loss, so no gradient crosses from one to another; clipping is per client, and AdamW and SGD work
+element by element, so a step on the stacks is a step of each client. Every answer equals that of :class:`Trainer` up to
+rounding (1e-5 in float32).
 """
 
 from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import MISSING, dataclass, field, fields, replace
+from dataclasses import MISSING, dataclass, field, fields
 from functools import cached_property
 from itertools import islice
 from typing import Any
@@ -22,9 +23,12 @@ from torch import nn
 from fedfm.core import seeds, trees
 from fedfm.core.jobs import Fit, Fitted, Job, Loss, Scores
 from fedfm.core.method import Client
-from fedfm.tasks.task import IGNORE, Batch, Example, Losses, TaskModel, collate
+from fedfm.tasks.task import Batch, Example, Losses, TaskModel, collate
 from fedfm.train.batches import batches
-from fedfm.train.stacked import Stacked, Unstackable, clip, keep
+from fedfm.train.dropout import Draws
+from fedfm.train.packing import Packing
+from fedfm.train.room import affordable, budget
+from fedfm.train.stacked import Stacked, Unstackable, clip, keep, stack
 from fedfm.train.taken import Ran, Taken
 from fedfm.train.trainer import Trainer
 
@@ -44,7 +48,7 @@ class _Lane:
         client: of whom.
         examples: of the split in question.
         turns: optimizer steps, or batches to score.
-        rows: examples of its largest batch.
+        tokens: of its ordinary batch.
     """
 
     at: int
@@ -52,44 +56,41 @@ class _Lane:
     client: Client
     examples: list[Example]
     turns: int
-    rows: int
-    width: int = 0
+    tokens: int = 0
     loss: float = 0.0
     seen: int = 0
     parts: list[tuple[list[int], Losses]] = field(default_factory=list)
-
-    def __post_init__(self) -> None:
-        self.width = max(map(len, self.examples))
 
 
 class Fused(Trainer):
     """Answers jobs of several clients together where that changes nothing, and the others one by one.
 
     Together go jobs ``Fit`` with the same ``train``, learning rate and number of terms, and jobs ``Loss``. Clients of
-    different numbers of steps may share a stack; who is done leaves it. Alone go, as answered by :class:`Trainer`:
-    jobs on a space with tuned tensors outside linear layers (``full``) or with a tuned language-model head, which runs
-    at chosen positions only; ``Fit`` where dropout draws masks; optimizers that mix elements; and jobs with features
-    not known here. Terms of the loss must draw nothing at random.
+    different numbers of steps may share a stack; who is done leaves it. So may LoRA factors of different ranks. Alone
+    go, as answered by :class:`Trainer`: jobs on a space with tuned tensors outside linear layers and prompts (``full``)
+    or with a tuned language-model head, which runs at chosen positions only; ``Fit`` where a model that cannot be
+    packed draws dropout; optimizers that mix elements; and jobs with features not known here. Terms of the loss must
+    draw nothing at random.
 
-    A stack grows until it holds ``group`` clients, or until one more would make its batch larger than ``tokens``, as
-    counted by the longest example and the largest batch in it; clients with similar numbers of steps and lengths are
-    put together. Activations grow with the tokens of a forward, so the bound is one of memory: 2048 are those of an
-    ordinary batch of 8 examples of 256 tokens. Beyond activations, a stack takes one copy of the tuned tensors, of
-    their gradients and of the optimizer's moments for each client. Small batches gain most; where one client's batch
-    keeps the processor busy, there is nothing to gain.
+    A stack grows until it holds ``group`` clients, or until one more would make its batch larger than ``tokens``;
+    clients with similar numbers of steps and lengths are put together. Activations grow with the tokens of a forward,
+    so the bound is one of memory. Beyond activations, a stack takes one copy of the tuned tensors, of their gradients
+    and of the optimizer's moments for each client; where these are large, fewer clients go together.
 
     ``pulse`` is told of the steps of all clients of a stack at once, and what it raises stops them all. When a client
     cannot be answered, as one without examples, the error is raised as by :class:`Trainer`.
 
     Args:
         group: clients in one stack, at most.
-        tokens: padded tokens of one forward, at most; a client alone may exceed it.
+        tokens: tokens of one forward that trains, at most, where a client alone may exceed it; one that scores may have
+            four times as many. By default as many as :func:`affordable` says.
     """
 
-    def __init__(self, *args: Any, group: int = 8, tokens: int = 2048, **kwargs: Any) -> None:
+    def __init__(self, *args: Any, group: int = 32, tokens: int | None = None, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self._group = group
-        self.tokens = tokens
+        room = budget(self.loaded.model) // 2
+        self._group = max(1, min(group, room // max(1, 4 * trees.nbytes(self.space.parameters))))
+        self.tokens = affordable(self.loaded.model) if tokens is None else tokens
         self._alone: set[type] = set()
 
     @property
@@ -109,9 +110,9 @@ class Fused(Trainer):
             self.space.load({})  # The layers of the space's own rank, beside the base as it was loaded.
         for (kind, *_), alike in lanes.items():
             together: Callable[[list[_Lane]], list[Any]] = self._fit if kind is Fit else self._score
-            for stack in self._stacks(alike) if kind not in self._alone else ():
+            for few in self._stacks(alike) if kind not in self._alone else ():
                 try:
-                    results |= zip((lane.at for lane in stack), together(stack), strict=True)
+                    results |= zip((lane.at for lane in few), together(few), strict=True)
                 except Unstackable:
                     # Noticed in the first forward, before any step was counted.
                     self._alone.add(kind)
@@ -125,63 +126,51 @@ class Fused(Trainer):
         inside = set(self.model.head.modules()) if stacked and self.model.head is not None else set()
         return None if stacked and any(layer in inside for layer, _, _ in stacked.places) else stacked
 
-    @cached_property
-    def _random(self) -> bool:
-        """Whether training draws dropout masks."""
-        config = vars(self.loaded.model.config).items()
-        return any(isinstance(m, nn.Dropout) and m.p > 0 for m in self.space.model.modules()) or any(
-            "drop" in name and isinstance(value, float) and value > 0 for name, value in config
-        )
-
     def _lane(self, at: int, job: Job, client: Client) -> tuple[tuple[Any, ...], _Lane] | None:
         """What a job may be put together with, and its place there; ``None`` if it must be answered alone."""
         kind, args = type(job), self.training
         if self.stacked is None or kind not in _KNOWN or not _plain(job):
             return None
-        shapes = {name: first.shape for name, first in self.space.initial.items()}
-        if any(shapes.get(name) != tensor.shape for name, tensor in job.tensors.items()):
+        firsts = self.space.initial
+        if any(n not in firsts or not _stackable(n, t.shape, firsts[n].shape) for n, t in job.tensors.items()):
             return None
         examples = self.encoded(client.member.id, getattr(job, "split", "train"))
         if not examples:
             return None
+        mean = sum(map(len, examples)) / len(examples)
         if isinstance(job, Loss):
             chunks = self._chunks(examples)
-            return (Loss,), _Lane(at, job, client, examples, len(chunks), len(chunks[0]))
+            return (Loss,), _Lane(at, job, client, examples, len(chunks), round(mean * len(chunks[0])))
         assert isinstance(job, Fit)
-        if self._random or args.optim not in ("adamw_torch", "sgd"):
+        if (self._random and self.packer is None) or args.optim not in ("adamw_torch", "sgd"):
             return None
-        if not any(trees.matches(name, job.train) for name in shapes):
+        if not any(trees.matches(name, job.train) for name in firsts):
             return None
-        lane = _Lane(
-            at,
-            job,
-            client,
-            examples,
-            self.steps(job, client, len(examples)),
-            min(args.per_device_train_batch_size, len(examples)),
-        )
+        rows = min(args.per_device_train_batch_size, len(examples))
+        steps = self.steps(job, client, len(examples))
+        lane = _Lane(at, job, client, examples, steps, round(mean * rows))
         return (Fit, job.train, self.learning_rate(client.round) * job.rate, len(job.terms)), lane
 
     def _stacks(self, lanes: list[_Lane]) -> Iterator[list[_Lane]]:
         """Lanes in stacks of two or more, those with most turns first."""
-        stack: list[_Lane] = []
-        for lane in sorted(lanes, key=lambda lane: (-lane.turns, -lane.width)):
-            rows, width = (max(getattr(other, of) for other in (*stack, lane)) for of in ("rows", "width"))
-            if len(stack) == self._group or (len(stack) + 1) * rows * width > self.tokens:
-                if len(stack) > 1:
-                    yield stack
-                stack = []
-            stack.append(lane)
-        if len(stack) > 1:
-            yield stack
+        few: list[_Lane] = []
+        most = self.tokens * (4 if isinstance(lanes[0].job, Loss) else 1)
+        for lane in sorted(lanes, key=lambda lane: (-lane.turns, -lane.tokens)):
+            if len(few) == self._group or sum(other.tokens for other in (*few, lane)) > most:
+                if len(few) > 1:
+                    yield few
+                few = []
+            few.append(lane)
+        if len(few) > 1:
+            yield few
 
     def _fit(self, lanes: list[_Lane]) -> list[Fitted]:
         args, first = self.training, lanes[0]
         assert self.stacked is not None
         stacks = self._stack(lanes)
         chosen = {n: p for n, p in stacks.items() if trees.matches(n, first.job.train)}
-        for stack in chosen.values():
-            stack.requires_grad_()
+        for tensor in chosen.values():
+            tensor.requires_grad_()
         starts = [
             {n: p.detach()[c].clone() for n, p in chosen.items()} if lane.job.terms else {}
             for c, lane in enumerate(lanes)
@@ -189,6 +178,8 @@ class Fused(Trainer):
         rate = self.learning_rate(first.client.round) * first.job.rate
         optimizer = self._optimizer(list(chosen.values()), rate)
         orders = [self._order(lane) for lane in lanes]
+        draws = self._draws([(lane.client.round, lane.client.member.id, lane.job.purpose) for lane in lanes])
+        sums = torch.zeros(len(lanes), dtype=torch.float64, device=self.device)  # read when a client is done
         fitted: list[Fitted] = []
         left = len(lanes)
         self._mode(training=True)
@@ -196,16 +187,18 @@ class Fused(Trainer):
             for step in range(first.turns):
                 live = sum(lane.turns > step for lane in lanes)
                 if live < left:
-                    fitted[:0] = self._finished(lanes[live:left], stacks, live, rate)
+                    fitted[:0] = self._finished(lanes[live:left], stacks, live, rate, sums)
                     keep(stacks, optimizer, live)
                     left = live
-                self._gradients(lanes[:live], orders, chosen, starts)
+                    if draws is not None:
+                        del draws.generators[live:]
+                sums[:live] += self._gradients(lanes[:live], orders, chosen, starts, draws)
                 if args.max_grad_norm > 0:
                     clip([p.grad for p in chosen.values() if p.grad is not None], args.max_grad_norm)
                 optimizer.step()
                 optimizer.zero_grad(set_to_none=True)
                 self.pulse(live)
-        return self._finished(lanes[:left], stacks, 0, rate) + fitted
+        return self._finished(lanes[:left], stacks, 0, rate, sums) + fitted
 
     def _gradients(
         self,
@@ -213,26 +206,25 @@ class Fused(Trainer):
         orders: list[Iterator[list[int]]],
         chosen: dict[str, nn.Parameter],
         starts: list[dict[str, torch.Tensor]],
-    ) -> None:
-        """Add up the gradients of one step's forwards, for all clients of the stack."""
+        draws: Draws | None,
+    ) -> torch.Tensor:
+        """Add up the gradients of one step's forwards, for all clients of the stack; their losses, ``[C]``."""
         forwards = self.training.gradient_accumulation_steps
         groups = [
             [[lane.examples[i] for i in chunk] for chunk in islice(order, forwards)]
             for lane, order in zip(lanes, orders, strict=False)
         ]
         supervised = torch.tensor(
-            [sum(self._supervised(e.target[None]) for chunk in group for e in chunk) for group in groups],
-            device=self.device,
-        )
+            [sum(self._supervised(e.target[None]) for chunk in group for e in chunk) for group in groups]
+        ).to(self.device, non_blocking=True)
+        sums = torch.zeros(len(lanes), dtype=torch.float64, device=self.device)
         for k in range(forwards):
             chunks = [group[k] for group in groups]
-            examples, rows = _tall(chunks)
-            total = self._tall_losses(examples, collate(examples, self._pad, self.device)).total.view(len(lanes), rows)
-            sizes = torch.tensor([len(chunk) for chunk in chunks], device=self.device)
-            real = torch.arange(rows, device=self.device) < sizes[:, None]  # [C, B]
-            losses = torch.where(real, total, 0).sum(1) / supervised  # [C]
-            for lane, chunk, loss in zip(lanes, chunks, losses.detach().double().tolist(), strict=True):
-                lane.loss += loss
+            total = self._tall_losses(chunks, draws).total
+            owner = torch.arange(len(chunks)).repeat_interleave(torch.tensor(list(map(len, chunks))))
+            losses = total.new_zeros(len(lanes)).index_add(0, owner.to(self.device), total) / supervised  # [C]
+            sums += losses.detach().double()
+            for lane, chunk in zip(lanes, chunks, strict=True):
                 lane.seen += len(chunk)
             loss = losses.sum()
             if k == 0 and lanes[0].job.terms:
@@ -242,6 +234,7 @@ class Fused(Trainer):
                     for term in lane.job.terms:
                         loss = loss + term(own, starts[c])
             loss.backward()
+        return sums
 
     def _score(self, lanes: list[_Lane]) -> list[Scores]:
         assert self.stacked is not None
@@ -256,47 +249,56 @@ class Fused(Trainer):
                     keep(stacks, None, live)
                     left = live
                 now = [[lane.examples[i] for i in own[turn]] for lane, own in zip(lanes[:live], chunks, strict=False)]
-                examples, rows = _tall(now)
-                batch = collate(examples, self._pad, self.device)
-                for c, losses in enumerate(self._separate(examples, batch, rows, list(map(len, now)))):
+                for c, losses in enumerate(self._separate(now)):
                     lanes[c].parts.append((chunks[c][turn], losses))
                 self.pulse(0)
         return [_scores(lane) for lane in lanes]
 
-    def _separate(self, examples: list[Example], batch: Batch, rows: int, sizes: list[int]) -> Iterator[Losses]:
+    def _separate(self, chunks: list[list[Example]]) -> Iterator[Losses]:
         """Each client's losses with its own tally: the model runs once, the task once for each client.
 
         The task is given the model's output for the client's rows alone, as tallies cannot be told apart afterwards.
         """
-        whole = self.model
-        model = Taken(whole.model, batch)
-        body = Taken(whole.body, batch) if whole.body is not None else None
+        examples = [e for chunk in chunks for e in chunk]
+        batch = collate(examples, self._pad)
+        whole, shown = self.model, batch.to(self.device)
+        model = Taken(whole.model, shown)
+        body = Taken(whole.body, shown) if whole.body is not None else None
         self.model = TaskModel(model, body, whole.head)
+        assert self.stacked is not None
         try:
-            self._tall_losses(examples, batch)
+            with self._cheaply(examples, batch, list(map(len, chunks))):
+                self.task.losses(self.model, shown)
         except Ran:
             pass
         finally:
             given, self.model = self.model, whole
-        for c, size in enumerate(sizes):
-            part = slice(c * rows, c * rows + size)
-            own = Batch(batch.input_ids[part], batch.lengths[part], batch.target[part])
+        at = 0
+        for chunk in chunks:
+            part, at = slice(at, at + len(chunk)), at + len(chunk)
+            own = batch.part(part).to(self.device)
             for taken in filter(None, (model, body)):
                 taken.show(own, part)
             with self._autocast():
                 yield self.task.losses(given, own)
 
-    def _tall_losses(self, examples: list[Example], batch: Batch) -> Losses:
-        assert self.stacked is not None
-        self.stacked.rows = len(examples)
-        return self._losses(examples, batch)
+    def _tall_losses(self, chunks: list[list[Example]], draws: Draws | None = None) -> Losses:
+        """Losses of all clients' rows, one below the other."""
+        examples = [e for chunk in chunks for e in chunk]
+        return self._losses(examples, collate(examples, self._pad), list(map(len, chunks)), draws)
+
+    def _packing(self, batch: Batch, rows: Sequence[int] | None, draws: Draws | None) -> Packing | None:
+        packing = super()._packing(batch, rows, draws)
+        if self.stacked is not None and rows is not None:
+            # The tuned layers find their clients' rows by it, packed or not.
+            self.stacked.packing = packing or Packing.unpacked(batch, rows)
+        return packing
 
     def _stack(self, lanes: list[_Lane]) -> dict[str, nn.Parameter]:
         """All clients' tensors, ``[C, ...]`` by name, in the order of the space."""
         return {
             name: nn.Parameter(
-                torch.stack([lane.job.tensors.get(name, first).to(p.device, p.dtype) for lane in lanes]),
-                requires_grad=False,
+                stack([lane.job.tensors.get(name, first).to(p.device, p.dtype) for lane in lanes]), requires_grad=False
             )
             for (name, first), p in zip(self.space.initial.items(), self.space.parameters.values(), strict=True)
         }
@@ -307,19 +309,17 @@ class Fused(Trainer):
         size = self.training.per_device_train_batch_size
         return batches(list(map(len, lane.examples)), size, draw, self.training.group_by_length)
 
-    @staticmethod
-    def _finished(lanes: list[_Lane], stacks: dict[str, nn.Parameter], at: int, rate: float) -> list[Fitted]:
+    def _finished(
+        self, lanes: list[_Lane], stacks: dict[str, nn.Parameter], at: int, rate: float, sums: torch.Tensor
+    ) -> list[Fitted]:
         """Answers of the lanes whose place in the stacks begins at ``at``."""
-        return [
-            Fitted(
-                {n: p.detach()[c].clone() for n, p in stacks.items()},
-                lane.turns,
-                lane.seen,
-                lane.loss / lane.turns,
-                rate,
-            )
-            for c, lane in enumerate(lanes, start=at)
-        ]
+        losses = sums[at : at + len(lanes)].tolist()
+        fitted = []
+        for c, (lane, loss) in enumerate(zip(lanes, losses, strict=True), start=at):
+            shapes = {n: lane.job.tensors.get(n, first).shape for n, first in self.space.initial.items()}
+            tensors = {n: p.detach()[c][tuple(map(slice, shapes[n]))].clone() for n, p in stacks.items()}
+            fitted.append(Fitted(tensors, lane.turns, lane.seen, loss / lane.turns, rate))
+        return fitted
 
 
 def _plain(job: Job) -> bool:
@@ -332,16 +332,12 @@ def _plain(job: Job) -> bool:
     return True
 
 
-def _tall(chunks: list[list[Example]]) -> tuple[list[Example], int]:
-    """The clients' examples one below the other, and how many rows each has; who has fewer gets blank ones."""
-    rows = max(map(len, chunks))
-    return [e for chunk in chunks for e in [*chunk, *[_blank(chunk[0])] * (rows - len(chunk))]], rows
-
-
-def _blank(like: Example) -> Example:
-    """One token, of which nothing is learnt."""
-    target = like.target if like.target.dim() == 0 else torch.full_like(like.target[:1], IGNORE)
-    return replace(like, input_ids=like.input_ids[:1], target=target)
+def _stackable(name: str, shape: torch.Size, usual: torch.Size) -> bool:
+    """Whether tensors of both shapes fit into one stack: they are equal, but for the rank of a LoRA factor."""
+    rank = 0 if ".lora_A." in name else 1 if ".lora_B." in name else None
+    return len(shape) == len(usual) and all(
+        a == b for i, (a, b) in enumerate(zip(shape, usual, strict=True)) if i != rank
+    )
 
 
 def _scores(lane: _Lane) -> Scores:

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
-from functools import singledispatchmethod
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from functools import cached_property, singledispatchmethod
 from itertools import islice
 from operator import attrgetter
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import nn
 
 from fedfm.core import seeds, trees
 from fedfm.core.jobs import (
@@ -32,6 +33,8 @@ from fedfm.errors import DataError
 from fedfm.spaces.space import Attached
 from fedfm.tasks.task import Batch, Example, Losses, Task, TaskModel, collate
 from fedfm.train.batches import Encoded, batches
+from fedfm.train.dropout import Draws
+from fedfm.train.packing import Packer, Packing
 from fedfm.train.trunk import Trunk
 
 if TYPE_CHECKING:
@@ -55,6 +58,7 @@ class Trainer:
         training: local training arguments.
         data: clients' rows.
         trunk: frozen lower blocks whose output is kept, if there are any.
+        packer: gives the model batches without padding, if it can have them.
         public: rows that the server and all clients have, the split ``public``.
         seed: the run's seed.
         rounds: rounds of the run, for the learning-rate schedule.
@@ -70,6 +74,7 @@ class Trainer:
         data: Members,
         *,
         trunk: Trunk | None = None,
+        packer: Packer | None = None,
         public: Sequence[Mapping[str, Any]] = (),
         seed: int = 0,
         rounds: int = 1,
@@ -90,6 +95,7 @@ class Trainer:
         self.public = public
         self._encoded = Encoded(lambda client, part: task.encode(self.rows(client, part), loaded))
         self.trunk = trunk
+        self.packer = packer
         self._pad = loaded.tokenizer.pad_token_id
 
     @property
@@ -159,22 +165,23 @@ class Trainer:
             seeds.generator(self.seed, *names, "batches"),
             args.group_by_length,
         )
-        loss_sum, seen = torch.zeros((), dtype=torch.float64), 0
+        loss_sum, seen = torch.zeros((), dtype=torch.float64, device=self.device), 0
+        draws = self._draws([names])
         self._mode(training=True)
         with torch.random.fork_rng(devices=self._cuda()):
             seeds.seed_torch(seeds.derive(self.seed, *names, "dropout"), self.device)
             for _ in range(steps):
                 places = list(islice(order, args.gradient_accumulation_steps))
                 group = [[examples[i] for i in chunk] for chunk in places]
-                batched = [collate(chunk, self._pad, self.device) for chunk in group]
+                batched = [collate(chunk, self._pad) for chunk in group]
                 supervised = sum(self._supervised(batch.target) for batch in batched)
                 for k, (chunk, batch) in enumerate(zip(group, batched, strict=True)):
                     if job.criterion is None:
-                        loss = self._losses(chunk, batch).total.sum() / supervised
+                        loss = self._losses(chunk, batch, draws=draws).total.sum() / supervised
                     else:
-                        logits = self._logits(chunk, batch)
+                        logits = self._logits(chunk, batch, draws)
                         loss = job.criterion(logits, torch.tensor(places[k])).sum() / sum(map(len, places))
-                    loss_sum += loss.detach().double().cpu()
+                    loss_sum += loss.detach().double()  # read at the end: a GPU should not be waited for
                     for term in job.terms if k == 0 else ():
                         loss = loss + term(chosen, start)
                     loss.backward()
@@ -194,7 +201,7 @@ class Trainer:
         chosen = self.space.train_only(job.train)
         self._mode(training=False)
         chunks = [[examples[i] for i in chunk] for chunk in self._chunks(examples)]
-        batched = [collate(chunk, self._pad, self.device) for chunk in chunks]
+        batched = [collate(chunk, self._pad) for chunk in chunks]
         supervised = sum(self._supervised(batch.target) for batch in batched)
         loss_sum = 0.0
         for chunk, batch in zip(chunks, batched, strict=True):
@@ -217,7 +224,7 @@ class Trainer:
         for chunk in self._chunks(examples):
             chosen = [examples[i] for i in chunk]
             with torch.no_grad():
-                logits = self._logits(chosen, collate(chosen, self._pad, self.device)).float().cpu()
+                logits = self._logits(chosen, collate(chosen, self._pad)).float().cpu()
             for i, row in zip(chunk, logits, strict=True):
                 rows[i] = row
             self.pulse(0)
@@ -235,7 +242,7 @@ class Trainer:
             chosen = [examples[i] for i in chunk]
             mixed = nullcontext() if job.gate is None else self.space.gated(job.gate[chunk])
             with torch.no_grad(), mixed:
-                losses = self._losses(chosen, collate(chosen, self._pad, self.device))
+                losses = self._losses(chosen, collate(chosen, self._pad))
             total[chunk] = losses.total.float().cpu()
             count[chunk] = losses.count.cpu()
             tallies.append({name: tensor.cpu() for name, tensor in losses.tally.items()})
@@ -296,17 +303,72 @@ class Trainer:
         what = "training" if split == "train" else split
         raise DataError(f"client {client.member.id!r} has no {what} example from which there is something to learn")
 
-    def _logits(self, examples: list[Example], batch: Batch) -> torch.Tensor:
+    def _logits(self, examples: list[Example], batch: Batch, draws: Draws | None = None) -> torch.Tensor:
         """Class scores of a batch, ``[B, K]``."""
         if batch.target.dim() != 1:
             raise DataError(f"class scores are for classification; the task {self.task.id!r} has no classes")
-        with self._autocast(), self.trunk.skipped(self.trunk.of(examples)) if self.trunk else nullcontext():
+        with self._cheaply(examples, batch, draws=draws):
+            batch = batch.to(self.device)
             return self.model.model(input_ids=batch.input_ids, attention_mask=batch.mask).logits
 
-    def _losses(self, examples: list[Example], batch: Batch) -> Losses:
-        """The task's losses, from the lowest tuned block on where what enters it is kept."""
-        with self._autocast(), self.trunk.skipped(self.trunk.of(examples)) if self.trunk else nullcontext():
-            return self.task.losses(self.model, batch)
+    def _losses(
+        self, examples: list[Example], batch: Batch, rows: Sequence[int] | None = None, draws: Draws | None = None
+    ) -> Losses:
+        """The task's losses.
+
+        Args:
+            examples: of the batch.
+            batch: the same, padded, in the processor's memory.
+            rows: of each client; one client's unless given.
+            draws: dropout masks; from torch's own generator unless given.
+        """
+        with self._cheaply(examples, batch, rows, draws):
+            return self.task.losses(self.model, batch.to(self.device))
+
+    @contextmanager
+    def _cheaply(
+        self, examples: list[Example], batch: Batch, rows: Sequence[int] | None = None, draws: Draws | None = None
+    ) -> Iterator[None]:
+        """Within it, the model runs from the lowest tuned block on where what enters it is kept, without padding, in
+        bfloat16, as far as each may be."""
+        with ExitStack() as stack:
+            stack.enter_context(self._autocast())
+            if self.trunk:
+                stack.enter_context(self.trunk.skipped(self.trunk.of(examples)))
+            packing = self._packing(batch, rows, draws)
+            if self.packer and packing:
+                stack.enter_context(self.packer.packed(packing, self.trunk.first if self.trunk else 0))
+            if draws is not None:
+                stack.enter_context(draws)
+            yield
+
+    def _packing(self, batch: Batch, rows: Sequence[int] | None, draws: Draws | None) -> Packing | None:
+        """How a batch is packed; ``None`` when it is not, because little would be saved."""
+        if self.packer is None or self.space.by_row or (len(batch.lengths) == 1 and draws is None):
+            return None
+        packing = Packing.of(batch, rows or [len(batch.lengths)], self.packer.looks_back, draws, self.device)
+        if draws is not None:
+            draws.packing = packing
+        return packing if packing.pays() else None
+
+    @cached_property
+    def _random(self) -> bool:
+        """Whether training draws dropout masks."""
+        config = vars(self.loaded.model.config).items()
+        return any(isinstance(m, nn.Dropout) and m.p > 0 for m in self.space.model.modules()) or any(
+            "drop" in name and isinstance(value, float) and value > 0 for name, value in config
+        )
+
+    def _draws(self, names: Sequence[tuple[int, str, str]]) -> Draws | None:
+        """Dropout masks of clients, by (round, client, purpose); ``None`` where the model draws them in its own way."""
+        if not self._random or self.packer is None:
+            return None
+        found = []
+        for name in names:
+            draw = torch.Generator(self.device)
+            draw.manual_seed(seeds.derive(self.seed, *name, "dropout"))
+            found.append(draw)
+        return Draws(found)
 
     def _chunks(self, examples: list[Example]) -> list[list[int]]:
         """Indices in batches of similar length."""

@@ -56,6 +56,7 @@ class Trunk:
     def __init__(self, loaded: Loaded, first: int, tuples: bool, limit: int = 1 << 30) -> None:
         path, _, self._name = loaded.architecture.blocks.rpartition(".")
         self._model = loaded.model
+        self.first = first
         self._limit = limit
         self._bytes = 0
         self._held: OrderedDict[tuple[bytes, bool], torch.Tensor] = OrderedDict()

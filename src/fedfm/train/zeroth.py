@@ -139,7 +139,7 @@ class Descend(Displaced):
         """The loss of a batch, given in parts: the mean over its supervised positions, in nats."""
         total, supervised = 0.0, 0
         for chunk in group:
-            batch = collate(chunk, trainer._pad, trainer.device)
+            batch = collate(chunk, trainer._pad)
             total += float(trainer._losses(list(chunk), batch).total.double().sum())
             supervised += trainer._supervised(batch.target)
         return total / supervised
