@@ -38,7 +38,8 @@ class Classify(Task):
             if not 0 <= row["label"] < classes:
                 raise DataError(f"label must be 0 to {classes - 1}, but is {row['label']!r}.")
             ids = loaded.tokenizer(row["text"], truncation=True, max_length=self.max_length)["input_ids"]
-            examples.append(Example(torch.tensor(ids), torch.tensor(row["label"])))
+            if ids:  # a blank text of a tokenizer that adds nothing has no tokens
+                examples.append(Example(torch.tensor(ids), torch.tensor(row["label"])))
         return examples
 
     def losses(self, model: TaskModel, batch: Batch) -> Losses:

@@ -155,8 +155,11 @@ class Fused(Trainer):
         """Lanes in stacks of two or more, those with most turns first."""
         few: list[_Lane] = []
         most = self.tokens * (4 if isinstance(lanes[0].job, Loss) else 1)
+        # As few stacks as there must be, all of about the same number of clients.
+        needed = max(-(-sum(lane.tokens for lane in lanes) // most), -(-len(lanes) // self._group))
+        group = -(-len(lanes) // needed)
         for lane in sorted(lanes, key=lambda lane: (-lane.turns, -lane.tokens)):
-            if len(few) == self._group or sum(other.tokens for other in (*few, lane)) > most:
+            if len(few) == group or sum(other.tokens for other in (*few, lane)) > most:
                 if len(few) > 1:
                     yield few
                 few = []

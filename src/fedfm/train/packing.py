@@ -31,6 +31,7 @@ from torch import nn
 
 from fedfm.models.architectures import looks_back
 from fedfm.tasks.task import IGNORE, Batch
+from fedfm.train.lean import gated, lean
 
 if TYPE_CHECKING:
     from fedfm.models import Loaded
@@ -309,6 +310,7 @@ class Packer:
         path, _, self._name = loaded.architecture.blocks.rpartition(".")
         self._parent = attrgetter(path)(loaded.model) if path else loaded.model
         self._blocks = list(getattr(self._parent, self._name))
+        self._gated = gated(self._model)
 
     @classmethod
     def of(cls, loaded: Loaded) -> Packer | None:
@@ -378,7 +380,8 @@ class Packer:
         hooks.append(blocks[-1].register_forward_hook(leave))
         config._attn_implementation, _now = NAME, packing
         try:
-            yield
+            with lean(self._gated):
+                yield
         finally:
             config._attn_implementation, _now = usual, before
             for hook in hooks:

@@ -173,8 +173,8 @@ class Stacked:
             else:
                 forwards.append((layer, self._forward(layer, stacks, weight, bias)))
         for layer, a, b, scale in self.pairs:
-            # Who gave the layer a forward of its own means it.
-            if "forward" not in vars(layer):
+            # Who gave the layer a forward of its own means it; between weights of unlike precision peft casts.
+            if "forward" not in vars(layer) and layer.get_base_layer().weight.dtype == stacks[a].dtype:
                 forwards.append((layer, self._lora(layer.get_base_layer(), stacks, a, b, scale)))
         try:
             for module, forward in forwards:

@@ -356,7 +356,9 @@ class Trainer:
         """Whether training draws dropout masks."""
         config = vars(self.loaded.model.config).items()
         return any(isinstance(m, nn.Dropout) and m.p > 0 for m in self.space.model.modules()) or any(
-            "drop" in name and isinstance(value, float) and value > 0 for name, value in config
+            # The dropout of summaries belongs to a head of GPT-2 that no task here has.
+            "drop" in name and not name.startswith("summary") and isinstance(value, float) and value > 0
+            for name, value in config
         )
 
     def _draws(self, names: Sequence[tuple[int, str, str]]) -> Draws | None:
