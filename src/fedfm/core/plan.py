@@ -95,7 +95,8 @@ class Training:
         adam_beta2: decay of AdamW's second moment.
         adam_epsilon: AdamW's epsilon.
         max_grad_norm: gradients are clipped to this norm; 0 means no clipping.
-        bf16: compute in bfloat16 by autocast; weights and updates stay float32.
+        bf16: compute in bfloat16 by autocast; weights and updates stay float32. By default where the hardware has
+            instructions for it.
         padding_free: compute no padding, and what a client's rows have in common at their beginning only once; the
             numbers are the same up to rounding.
         group_by_length: put examples of similar length into one batch.
@@ -116,7 +117,7 @@ class Training:
     adam_beta2: float = 0.999
     adam_epsilon: float = 1e-8
     max_grad_norm: float = 1.0
-    bf16: bool = False
+    bf16: bool | None = None
     padding_free: bool = True
     group_by_length: bool = False
     cache_frozen_blocks: bool = True

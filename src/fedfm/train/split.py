@@ -285,7 +285,7 @@ def _training(trainer: Trainer, client: Client, part: str, step: int) -> Iterato
     if not trainer.loaded.model.training:  # a step calls this many times, and it walks all modules
         trainer.loaded.model.train()
     cuda = [trainer.device] if trainer.device.type == "cuda" else []
-    bf16 = torch.autocast(trainer.device.type, dtype=torch.bfloat16, enabled=trainer.training.bf16)
+    bf16 = torch.autocast(trainer.device.type, dtype=torch.bfloat16, enabled=trainer.bf16)
     with torch.random.fork_rng(devices=cuda), bf16:
         seed = seeds.derive(trainer.seed, client.round, client.member.id, "split", part, step)
         seeds.seed_torch(seed, trainer.device)

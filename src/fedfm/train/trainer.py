@@ -35,6 +35,7 @@ from fedfm.tasks.task import Batch, Example, Losses, Task, TaskModel, collate
 from fedfm.train.batches import Encoded, batches
 from fedfm.train.dropout import Draws
 from fedfm.train.packing import Packer, Packing
+from fedfm.train.precision import bf16_in_hardware
 from fedfm.train.trunk import Trunk
 
 if TYPE_CHECKING:
@@ -89,6 +90,7 @@ class Trainer:
         self.rounds = rounds
         self.pulse = pulse
         self.device = next(space.model.parameters()).device
+        self.bf16 = bf16_in_hardware(self.device) if training.bf16 is None else training.bf16
         split = loaded.split
         body, head = (attrgetter(split.body), attrgetter(split.head)) if split else (None, None)
         self.model = TaskModel(loaded.model, body and body(loaded.model), head and head(loaded.model))
@@ -402,7 +404,7 @@ class Trainer:
             self.loaded.model.train(training)
 
     def _autocast(self) -> AbstractContextManager[None]:
-        return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.training.bf16)
+        return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.bf16)
 
     def _cuda(self) -> list[torch.device]:
         return [self.device] if self.device.type == "cuda" else []
