@@ -17,11 +17,12 @@ test: $(STAMP)-test
 	$(VENV)/bin/mypy
 	HF_HUB_OFFLINE=1 $(VENV)/bin/pytest
 
-# The engine beside a plain PyTorch loop, many clients at once beside one by one, FedKSeed beside inference; ratios.
+# fedfm beside a plain PyTorch loop, TRL, pfl, Flower and NVFlare, then the engine by itself; ratios, into docs/speed.md.
+# Peers are installed into environments of their own. All of it takes hours; one part: make bench-speed SPEED=fused
+SPEED ?= "compare a" "compare b" "compare c" scale overhead fused fedkseed_memory profiled
 bench-speed: $(STAMP)-test
-	HF_HUB_OFFLINE=1 $(VENV)/bin/python benchmarks/speed/overhead.py
-	HF_HUB_OFFLINE=1 $(VENV)/bin/python benchmarks/speed/fused.py
-	HF_HUB_OFFLINE=1 $(VENV)/bin/python -m benchmarks.speed.fedkseed_memory
+	for part in $(SPEED); do HF_HUB_OFFLINE=1 $(VENV)/bin/python -m benchmarks.speed.$$part || exit 1; done
+	$(VENV)/bin/python -m benchmarks.speed.page
 
 # A method's claim, tried: make fidelity METHOD=fedprox; without METHOD, all of them (an hour).
 fidelity: $(STAMP)-test

@@ -1,6 +1,6 @@
 """The fused trainer beside the sequential one, in one run, as clients per second and their ratio.
 
-    python benchmarks/speed/fused.py            # prints a table and writes benchmarks/speed/results/fused.json
+    python -m benchmarks.speed.fused           # prints a table and writes benchmarks/speed/results/fused.json
 
 Both train the same clients on the same batches, alternating; the median of the pairs of times is what counts. The
 models: a Llama of 4 blocks of width 64 drawn here and, where its package is installed, smollm2-135m-instruct with its

@@ -1,6 +1,6 @@
 """The in-process engine beside a plain PyTorch loop, in one run, as ratios.
 
-    python benchmarks/speed/overhead.py            # prints a table and writes benchmarks/speed/results/overhead.json
+    python -m benchmarks.speed.overhead            # prints a table and writes benchmarks/speed/results/overhead.json
 
 What is measured:
 - overhead: seconds of a client task over those of a plain loop that does the same steps on the same batches with the
