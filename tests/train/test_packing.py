@@ -392,6 +392,10 @@ def test_a_model_that_packing_changes_is_not_packed(case: str, people: People) -
 def test_a_window_wider_than_all_texts_is_not_packed_either() -> None:
     assert Packer.of(tiny("mistral", sliding_window=100)) is None
     assert Packer.of(tiny("mistral", sliding_window=None)) is not None
+    # Nor where the model's attention is not told of it.
+    loaded = tiny("llama")
+    loaded.model.config.sliding_window = 100
+    assert Packer.of(loaded) is None
 
 
 def test_a_model_without_words_or_blocks_is_not_packed() -> None:

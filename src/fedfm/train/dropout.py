@@ -49,9 +49,11 @@ class Draws(TorchFunctionMode):
                 mask[0, packing.tokens[c] : packing.tokens[c + 1]].bernoulli_(1 - p, generator=draw)
         elif len(input) == packing.rows[-1]:  # [R, T, D] or [R, D]
             mask.fill_(1 - p)
+            # A prompt makes rows longer before the blocks, where the packing learns of it, are reached.
+            more = input.shape[1] - packing.width if input.dim() > 2 else 0
             for c, draw in enumerate(self.generators):
                 part = slice(packing.rows[c], packing.rows[c + 1])
-                own = mask[part] if input.dim() < 3 else mask[part, : self._width(c)]
+                own = mask[part] if input.dim() < 3 else mask[part, : self._width(c) + more]
                 own.copy_(torch.empty_like(own).bernoulli_(1 - p, generator=draw))
         else:
             raise ValueError(f"dropout of shape {tuple(input.shape)} in a batch of {packing.rows[-1]} rows")

@@ -151,21 +151,13 @@ class Fused(Trainer):
         lane = _Lane(at, job, client, examples, steps, round(mean * rows))
         return (Fit, job.train, self.learning_rate(client.round) * job.rate, len(job.terms)), lane
 
-    def _stacks(self, lanes: list[_Lane]) -> Iterator[list[_Lane]]:
+    def _stacks(self, lanes: list[_Lane]) -> list[list[_Lane]]:
         """Lanes in stacks of two or more, those with most turns first."""
-        few: list[_Lane] = []
         most = self.tokens * (4 if isinstance(lanes[0].job, Loss) else 1)
-        # As few stacks as there must be, all of about the same number of clients.
-        needed = max(-(-sum(lane.tokens for lane in lanes) // most), -(-len(lanes) // self._group))
-        group = -(-len(lanes) // needed)
-        for lane in sorted(lanes, key=lambda lane: (-lane.turns, -lane.tokens)):
-            if len(few) == group or sum(other.tokens for other in (*few, lane)) > most:
-                if len(few) > 1:
-                    yield few
-                few = []
-            few.append(lane)
-        if len(few) > 1:
-            yield few
+        lanes = sorted(lanes, key=lambda lane: (-lane.turns, -lane.tokens))
+        # As few stacks as there must be, of about the same number of clients.
+        group = -(-len(lanes) // len(_filled(lanes, self._group, most)))
+        return [few for few in _filled(lanes, group, most) if len(few) > 1]
 
     def _fit(self, lanes: list[_Lane]) -> list[Fitted]:
         args, first = self.training, lanes[0]
@@ -333,6 +325,16 @@ def _plain(job: Job) -> bool:
             if getattr(job, one.name) != usual:
                 return False
     return True
+
+
+def _filled(lanes: list[_Lane], group: int, most: int) -> list[list[_Lane]]:
+    """Lanes in their order, put together until there are ``group`` or one more would make more than ``most`` tokens."""
+    stacks: list[list[_Lane]] = []
+    for lane in lanes:
+        if not stacks or len(stacks[-1]) == group or sum(other.tokens for other in (*stacks[-1], lane)) > most:
+            stacks.append([])
+        stacks[-1].append(lane)
+    return stacks
 
 
 def _stackable(name: str, shape: torch.Size, usual: torch.Size) -> bool:
