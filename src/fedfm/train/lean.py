@@ -39,7 +39,9 @@ def gated(model: nn.Module) -> list[nn.Module]:
         parts = [getattr(module, name, None) for name in ("gate_proj", "up_proj", "down_proj")]
         silu = type(getattr(module, "act_fn", None)).__name__ in ("SiLU", "SiLUActivation")
         # Experts have the same parts, but are no module with one input.
-        if all(isinstance(part, nn.Module) for part in parts) and silu and "forward" not in vars(module):
+        # A forward with dropout in it does more than these parts.
+        drops = any(isinstance(part, nn.Dropout) for part in module.modules())
+        if all(isinstance(part, nn.Module) for part in parts) and silu and not drops and "forward" not in vars(module):
             found.append(module)
     return found
 
