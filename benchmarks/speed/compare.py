@@ -63,7 +63,7 @@ HERE_ALREADY = ("plain", "fedfm")
 """Peers whose packages the present environment has."""
 
 USUAL = {
-    "a": ("plain", "fedfm:sequential", "fedfm:fused", "trl", "pfl", "flower", "nvflare"),
+    "a": ("plain", "fedfm:sequential", "fedfm:fused", "trl", "pfl", "flower", "flower:reload-one", "nvflare"),
     "b": ("plain", "fedfm:sequential", "fedfm:fused", "pfl", "flower"),
     "c": ("plain", "fedfm", "pfl", "flower", "nvflare"),
 }

@@ -17,6 +17,8 @@ NAMES = {
     "nvflare": "NVFlare",
     "default": "",
     "sequential": "one by one",
+    "reload": "",
+    "one": "one worker",
 }
 """Peers and their modes as people call them, where that is another word."""
 STYLES = {"plain": 0, "fedfm:sequential": 3, "fedfm": 1, "trl": 2, "pfl": 4, "flower": 5, "nvflare": 6}

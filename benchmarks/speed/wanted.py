@@ -11,7 +11,7 @@ from typing import Any
 
 Result = Mapping[str, Any]
 
-FASTER = {"plain": 2.0, "trl": 2.6, "pfl": 2.3, "flower": 3.3, "nvflare": 5.5}
+FASTER = {"plain": 2.0, "trl": 2.6, "pfl": 2.3, "flower": 3.3, "flower:reload-one": 3.3, "nvflare": 5.5}
 """How many times as long as the fused trainer each peer should take, in float32 on job a."""
 SEQUENTIAL = 1.03
 """Most that the sequential trainer should take of the plain loop's time."""

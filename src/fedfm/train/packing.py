@@ -41,7 +41,7 @@ NAME = "fedfm_packed"
 """Name of :func:`attention` among the attention functions of transformers."""
 
 _HARMLESS = {"position_ids", "use_cache", "output_attentions", "output_hidden_states", "cache_position", "is_causal"}
-STEP = 32
+STEP = 12
 """Rows whose lengths differ by less attend together."""
 
 _now: Packing | None = None
