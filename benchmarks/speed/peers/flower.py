@@ -5,8 +5,8 @@
 The client does what FlowerTune's example does: load the model, put the adapter in, an ``SFTTrainer``, take the adapter
 out; on text to classify, the plain loop in the trainer's place. ``reload`` loads the model in every task, as the
 example does; ``keep`` keeps it in the worker from task to task. There are as many workers as cores, each with one
-core, as that has the least idle time; ``-one`` has one worker with all cores, as the example has one for a GPU. Every client of the job has a virtual
-node; which of them trains is told to the nodes, so that all peers do the same.
+core, as that has the least idle time; ``-one`` has one worker with all cores, as the example has one for a GPU. Every
+client of the job has a virtual node; which of them trains is told to the nodes, so that all peers do the same.
 
 The clock starts when all nodes have answered a first query, so that Ray, the workers and their imports (and the model,
 where it is kept) count as start-up; it stops when the strategy has made the last mean.
