@@ -22,7 +22,7 @@ from fedfm.core.update import Tensors, Update
 from fedfm.errors import ClientError, FedfmError, Incompatible, RecipeError, StoreError
 from fedfm.evaluate import Evaluation
 from fedfm.federation import Federation
-from fedfm.links import InProcess
+from fedfm.links.inprocess import InProcess
 from fedfm.methods.centralised import Centralised
 from fedfm.methods.fedavg import FedAvg
 from fedfm.methods.local_only import LocalOnly

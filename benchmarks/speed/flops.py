@@ -34,9 +34,9 @@ def flops(bench: Bench, length: int) -> float:
     return 4 * frozen * length + 4 * head.numel() * (length - 1) + 6 * adapter * length + attention
 
 
-def limit(device: str, n: int, repeats: int = 20) -> float:
-    """Operations a second of a product of two bfloat16 matrices ``[n, n]``."""
-    a, b = (torch.randn(n, n, device=device, dtype=torch.bfloat16) for _ in range(2))
+def limit(device: str, n: int, repeats: int = 20, dtype: torch.dtype = torch.bfloat16) -> float:
+    """Operations a second of a product of two matrices ``[n, n]``."""
+    a, b = (torch.randn(n, n, device=device, dtype=dtype) for _ in range(2))
     seconds = []
     for turn in range(repeats + 3):  # the first ones warm up
         seconds.append(timed(lambda: torch.mm(a, b), device))

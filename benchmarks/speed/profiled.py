@@ -18,6 +18,7 @@ from rich.console import Console
 from rich.table import Table
 from torch.profiler import ProfilerActivity, profile
 
+from benchmarks.speed.flops import limit
 from fedfm import Chat, LoRA, Training, load
 from fedfm.core.client import View
 from fedfm.core.jobs import Fit
@@ -63,7 +64,7 @@ def main(clients: int = 8) -> None:
     asked = [(Fit(bench.space.initial), View(people.member(c), 1)) for c in sorted(people.ids)[:clients]]
     trainer.answers(asked)  # warms up
     began = time.perf_counter()
-    with profile(activities=[ProfilerActivity.CPU]) as watch:
+    with profile(activities=[ProfilerActivity.CPU], with_flops=True) as watch:
         trainer.answers(asked)
     whole = time.perf_counter() - began
     seconds: dict[str, float] = {}
@@ -77,7 +78,11 @@ def main(clients: int = 8) -> None:
     for part in parts:
         shown.add_row(str(part["name"]), f"{part['seconds']:.2f}", f"{part['share']:.1%}")
     Console().print(shown)
-    about = {"machine": machine(), "torch": torch.__version__}
+    flop, rate = sum(event.flops or 0 for event in watch.key_averages()), limit("cpu", 1024, dtype=torch.float32)
+    # What no way of arranging the same products can beat.
+    floor = {"flop": flop, "flop_per_s": rate, "least_s": flop / rate}
+    Console().print(floor)
+    about = {"machine": machine(), "torch": torch.__version__, **floor}
     what = (
         f"{clients} clients of SmolLM2-135M fused on job a, four steps each, float32; {whole:.1f} s under the profiler"
     )

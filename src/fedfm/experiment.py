@@ -27,6 +27,7 @@ from fedfm.store.clients import ClientStore
 from fedfm.store.files import write_bytes, write_json
 from fedfm.store.folder import RunFolder
 from fedfm.tasks.causal_lm import NextToken
+from fedfm.tasks.task import Task
 
 
 class Experiment:
@@ -61,23 +62,10 @@ class Experiment:
     @cached_property
     def main(self) -> Federation:
         """The federation of the recipe's method."""
-        task, section = self._built["task"], self.recipe.model
-        task.require(self.population.dataset.column_names)
-        arguments: dict[str, Any] = {
-            "dtype": section.dtype,
-            "revision": section.revision,
-            "device": device(section.device),
-        }
-        if task.head == "sequence_classification":
-            if self.population.label_names is None:
-                raise DataError(
-                    f"task {task.id!r} needs classes in the column label: names or whole numbers, but the data has "
-                    "other values there. Map another column with data.source.columns: {label: ...}."
-                )
-            arguments |= {"label_names": self.population.label_names}
-        return Federation(
-            section.name, members=self.population, public=self.population.public, load=arguments, **self._built
-        )
+        task, people = self._built["task"], self.population
+        task.require(people.dataset.column_names)
+        model = loading(self.recipe, task, people.label_names)
+        return Federation(self.recipe.model.name, members=people, public=people.public, load=model, **self._built)
 
     @cached_property
     def runs(self) -> dict[str, Federation]:
@@ -207,6 +195,29 @@ class Experiment:
         """Greedy answers of the model with these tensors."""
         someone = View(Member("samples", 0), 0)
         return self.main.trainer.answer(Generate(tensors, tuple(prompts), max_new_tokens), someone)
+
+
+def loading(recipe: Recipe, task: Task, label_names: Sequence[str] | None) -> dict[str, Any]:
+    """Arguments of :func:`fedfm.models.load` beside the name.
+
+    Args:
+        recipe: says which model.
+        task: says which head.
+        label_names: of the classes in the data; ``None`` where there are none.
+
+    Raises:
+        DataError: the task needs classes, and there are none.
+    """
+    section = recipe.model
+    arguments = {"dtype": section.dtype, "revision": section.revision, "device": device(section.device)}
+    if task.head != "sequence_classification":
+        return arguments
+    if label_names is None:
+        raise DataError(
+            f"task {task.id!r} needs classes in the column label: names or whole numbers, but the data has "
+            "other values there. Map another column with data.source.columns: {label: ...}."
+        )
+    return arguments | {"label_names": label_names}
 
 
 def totals(outcome: Outcome) -> dict[str, Any]:

@@ -63,6 +63,7 @@ class Federation:
         evaluation: scores during training.
         limits: what is accepted from a client.
         seed: of every random draw.
+        secret: seed of the noise that the server adds, where others know ``seed``; ``seed`` unless given.
         load: further arguments of :func:`fedfm.models.load`.
         link: how clients are reached.
         screens: which uploads the server takes into account, in this order.
@@ -99,6 +100,7 @@ class Federation:
         evaluation: Evaluation | None = None,
         limits: Limits | None = None,
         seed: int = 0,
+        secret: int | None = None,
         load: Mapping[str, Any] | None = None,
         link: type[Link] = InProcess,
     ) -> None:
@@ -130,6 +132,7 @@ class Federation:
         self.evaluation = evaluation or Evaluation()
         self.limits = limits or Limits()
         self.seed = seed
+        self.secret = seed if secret is None else secret
         self._load = dict(load or {})
         self.link = link
         people = Profiled(members, self.profiles, seed) if self.profiles else members
@@ -324,18 +327,19 @@ class Federation:
         self._stop, self._observers = False, observers
         return self._link(store, self.trainer)
 
+    @property
+    def shared(self) -> dict[str, Any]:
+        """What the server and the workers of its clients must have alike, as arguments of a link or worker."""
+        return {
+            "stages": self.stages,
+            "seed": self.seed,
+            "layout": self.layout,
+            "hide_metrics": Trait.VISIBLE not in self.composition[-1].after,
+            "timeout_s": self.limits.timeout_s,
+        }
+
     def _link(self, store: ClientStore, trainer: Trainer) -> Link:
-        return self.link(
-            self.method,
-            trainer,
-            store,
-            stages=self.stages,
-            seed=self.seed,
-            layout=self.layout,
-            hide_metrics=Trait.VISIBLE not in self.composition[-1].after,
-            timeout_s=self.limits.timeout_s,
-            on_step=self._stepped,
-        )
+        return self.link(self.method, trainer, store, **self.shared, on_step=self._stepped)
 
     def _stepped(self, steps: int) -> None:
         if self._stop:

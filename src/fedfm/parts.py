@@ -92,7 +92,13 @@ def kinds(folder: str) -> dict[str, type]:
     """All selectable classes of a folder by id."""
     found: dict[str, type] = {}
     for name in _modules(folder):
-        for cls in _classes(importlib.import_module(name)):
+        try:
+            module = importlib.import_module(name)
+        except ModuleNotFoundError as error:
+            if (error.name or "").startswith("fedfm"):
+                raise
+            continue  # A part whose package is not installed cannot be selected.
+        for cls in _classes(module):
             if cls.id in found:
                 raise RuntimeError(f"{cls!r} and {found[cls.id]!r} have the same id")
             found[cls.id] = cls

@@ -27,6 +27,7 @@ from fedfm.core.plan import Training
 from fedfm.errors import RecipeError, nearest
 from fedfm.evaluate.assessment import Evaluation
 from fedfm.parts import Spec
+from fedfm.store.plain_yaml import loads
 from fedfm.wire.admit import Limits
 
 _FOLDERS = {
@@ -216,7 +217,7 @@ def read(path: Path | str, overrides: Sequence[str] = ()) -> Recipe:
     """
     path = Path(path)
     try:
-        content = yaml.safe_load(path.read_text())
+        content = loads(path.read_text())
     except FileNotFoundError:
         near = sorted(str(p) for p in (path.parent if path.parent.is_dir() else Path()).glob("*.yaml"))
         raise RecipeError(f"there is no recipe {path}.{nearest(str(path), near)}") from None
@@ -243,6 +244,15 @@ def parse(content: dict[str, Any], overrides: Sequence[str] = ()) -> Recipe:
     return recipe
 
 
+def unknown(error: ValidationError, section: type[Section]) -> str:
+    """A sentence on the first unknown key of a section, if that is what is wrong."""
+    for problem in error.errors(include_url=False):
+        if problem["type"] == "extra_forbidden":
+            key, known = str(problem["loc"][-1]), sorted(section.model_fields)
+            return f"it has no key {key!r}.{nearest(key, known)} It takes {', '.join(known)}."
+    return ""
+
+
 def _unknown(error: ValidationError) -> str:
     """A sentence on the first unknown key, if that is what is wrong."""
     for problem in error.errors(include_url=False):
@@ -261,7 +271,7 @@ def _override(content: dict[str, Any], override: str) -> None:
     if not equals or not path:
         raise RecipeError(f"--set takes KEY=VALUE, such as training.max_steps=4, but got {override!r}.")
     try:
-        value = yaml.safe_load(text)
+        value = loads(text)
     except yaml.YAMLError as error:
         raise RecipeError(f"the value in --set {override} is not YAML: {' '.join(str(error).split())}.") from error
     *above, last = path.split(".")

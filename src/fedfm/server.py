@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -17,7 +18,7 @@ from fedfm.core.traits import Trait
 from fedfm.core.update import Member, Tensors, Update
 from fedfm.errors import BadUpdate, NoUpdates
 from fedfm.links.link import Link, Reply
-from fedfm.wire.admit import admit, at_rank
+from fedfm.wire.admit import BROKEN, admit, at_rank, brief
 from fedfm.wire.stage import Stage
 
 if TYPE_CHECKING:
@@ -76,7 +77,7 @@ class RoundServer:
             mean = Update(zeros, weight=0.0, kind=federation.method.sends, member="mean")
         for position, stage in enumerate(federation.stages):
             if _releases(stage):
-                draw = seeds.generator(federation.seed, self.round, "release", position, type(stage).__name__)
+                draw = seeds.generator(federation.secret, self.round, "release", position, type(stage).__name__)
                 mean = stage.release(mean, federation.setting, draw)
         return mean
 
@@ -148,8 +149,9 @@ class RoundServer:
                     admit(update, kind, at_rank(update, like or self._shared), self.federation.limits)
                 else:
                     admit(update, kind, like if aligned else None, self.federation.limits)
-            except BadUpdate as error:
-                self.dropped.append({"client": reply.member.id, "reason": str(error)})
+            except (BadUpdate, *BROKEN) as error:
+                why = error if isinstance(error, BadUpdate) else f"it cannot be read: {error}"
+                self.dropped.append({"client": reply.member.id, "reason": brief(str(why))})
                 continue
             reply.accept()
             self._note(reply, update)
@@ -175,9 +177,10 @@ class RoundServer:
         """The round as a line of ``metrics.jsonl``."""
         losses = [(c["loss"], c["weight"]) for c in self.took_part.values() if "loss" in c]
         weight = sum(w for _, w in losses)
+        loss = sum(x * w for x, w in losses) / weight if weight else math.nan
         return {
             "round": self.round,
-            "train_loss": sum(x * w for x, w in losses) / weight if weight else None,
+            "train_loss": loss if math.isfinite(loss) else None,
             "participants": self.took_part,
             "dropped": self.dropped,
             "bytes_up": self.bytes_up,

@@ -18,7 +18,8 @@ from fedfm.core.traits import Trait
 from fedfm.core.update import Member, Tensors, Update
 from fedfm.evaluate import Evaluation
 from fedfm.federation import Federation, Outcome
-from fedfm.links import InProcess, Reply
+from fedfm.links.inprocess import InProcess
+from fedfm.links.link import Reply
 from fedfm.models import load
 from fedfm.store.checkpoint import flatten
 from fedfm.train.bench import Bench

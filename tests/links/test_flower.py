@@ -38,8 +38,8 @@ from fedfm.links.flower import (
     server_app,
 )
 from fedfm.links.flower import server as flower_server
-from fedfm.links.flower.records import NEVER
 from fedfm.links.link import Reply
+from fedfm.links.tickets import NEVER
 from fedfm.links.worker import Worker
 from fedfm.methods.fedavg import FedAvg
 from fedfm.methods.local_only import LocalOnly
@@ -329,7 +329,7 @@ class Spy(MemoryGrid):
 def test_messages_are_flowers_own_and_bytes_are_counted_as_they_travel() -> None:
     setup = Setup(grid_type=Spy)
     arrived, task = [], setup.nodes["ann"].task
-    setup.nodes["ann"].task = lambda content: (arrived.append(content), task(content))[1]  # type: ignore[method-assign]
+    setup.nodes["ann"].task = lambda *given: (arrived.append(given), task(*given))[1]  # type: ignore[method-assign]
     replies = setup.ask(setup.link(), 1, {"w": torch.ones(7)})
     grid: Any = setup.grid
     assert isinstance(grid, Grid)
@@ -346,10 +346,10 @@ def test_messages_are_flowers_own_and_bytes_are_counted_as_they_travel() -> None
         assert (arrays["bytes"].dtype, arrays["bytes"].stype) == ("uint8", "fedfm")
         assert size == len(arrays["bytes"].data) == arrays["bytes"].shape[0]
     # What arrives was made again from Flower's bytes.
-    [content] = arrived
-    assert content["down"]["bytes"] is not down.content["down"]["bytes"]
-    assert content["down"]["bytes"].data == down.content["down"]["bytes"].data
-    assert content["task"] == down.content["task"]
+    [(settings, data)] = arrived
+    assert data is not down.content["down"]["bytes"].data
+    assert data == down.content["down"]["bytes"].data
+    assert settings == dict(down.content["task"])
     # One set of tensors for all is packed once.
     assert grid.sent[2].content["down"] is grid.sent[3].content["down"]
 

@@ -40,6 +40,9 @@ class WeightedMean(Part):
                 wide = trees.wide(tensor)
                 if name in mean:
                     mean[name].lerp_(wide.to(mean[name].dtype), share)
+                    if tensor.dtype != dtypes[name]:
+                        # Else whoever comes first would choose in which precision all others count.
+                        dtypes[name] = mean[name].dtype
                 else:
                     mean[name] = wide.clone() if wide is tensor else wide
                     dtypes[name] = tensor.dtype

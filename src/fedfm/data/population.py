@@ -153,6 +153,10 @@ class Population:
         """The rows in a split of a client, a view."""
         return Rows(self.dataset, self.indices(id, split))
 
+    def everything(self, id: str) -> Rows:
+        """The rows of a client in all splits, in their order, a view."""
+        return Rows(self.dataset, self._assignment.rows(self._position(id)))
+
     def size(self, id: str) -> int:
         """Rows of a client in all splits."""
         return len(self._assignment.rows(self._position(id)))

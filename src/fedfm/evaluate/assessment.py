@@ -66,9 +66,23 @@ def plain(metrics: Mapping[str, float]) -> dict[str, float | None]:
     return {name: value if math.isfinite(value) else None for name, value in metrics.items()}
 
 
+def _sound(update: Update) -> bool:
+    """Whether a client has sums of examples that can be added to those of others."""
+    counted = update.tensors.get("examples")
+    known = counted is not None and counted.numel() == 1 and math.isfinite(float(counted.real))
+    return known and 0 < update.weight < math.inf and not any(t.is_complex() for t in update.tensors.values())
+
+
 def assess(task: Task, updates: Iterable[Update]) -> Assessment | None:
-    """Bring the answers to ``validate`` or ``test`` together; ``None`` when nobody has an example in that split."""
-    tallies = {u.member: u.tensors for u in updates if u.weight > 0}
+    """Bring the answers to ``validate`` or ``test`` together; ``None`` when nobody has an example in that split.
+
+    Sums of other names and shapes than those of most clients are left out. A loss that is no number is not: a client
+    whose model has diverged is to be seen.
+    """
+    tallies = {u.member: u.tensors for u in updates if _sound(u)}
+    kinds = {name: sorted((n, tuple(t.shape)) for n, t in tally.items()) for name, tally in tallies.items()}
+    usual = max(kinds.values(), key=list(kinds.values()).count, default=[])
+    tallies = {name: tally for name, tally in tallies.items() if kinds[name] == usual}
     if not tallies:
         return None
     counts = {u: int(tally["examples"]) for u, tally in tallies.items()}

@@ -53,6 +53,7 @@ class Worker:
         store: clients' private state.
         stages: done to every upload.
         seed: the run's seed.
+        secret: seed of what the stages draw, where noise must be unknown to others; the run's seed unless given.
         layout: the tuned tensors, as every party knows them.
         hide_metrics: send no metrics, because a stage hides single uploads.
         timeout_s: seconds a client may work on one task; 0 means no limit.
@@ -68,6 +69,7 @@ class Worker:
         *,
         stages: Sequence[Stage] = (),
         seed: int = 0,
+        secret: int | None = None,
         layout: Layout | None = None,
         hide_metrics: bool = False,
         timeout_s: float = 0.0,
@@ -79,6 +81,7 @@ class Worker:
         self.store = store
         self.stages = stages
         self.seed = seed
+        self.secret = seed if secret is None else secret
         self.layout = layout or Layout({}, seed=seed)
         self.hide_metrics = hide_metrics
         self.timeout_s = timeout_s
@@ -165,7 +168,7 @@ class Worker:
         memories: dict[str, Tensors] = {}
         for position, stage in enumerate(self.stages if phase in self.method.phases else ()):
             slot = f"@{position}"
-            draw = seeds.generator(self.seed, round, update.member, "stage", position, type(stage).__name__)
+            draw = seeds.generator(self.secret, round, update.member, "stage", position, type(stage).__name__)
             sender = Sender(draw, {n.partition(":")[2]: t for n, t in stored.items() if n.startswith(f"{slot}:")})
             update = stage.send(update, sender)
             if sender.kept is not None:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from copy import deepcopy
 from dataclasses import dataclass, replace
 from operator import attrgetter
+from threading import get_ident
 from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from fedfm.errors import ModelError
 
@@ -167,3 +170,46 @@ def looks_back(body: nn.Module) -> bool:
     ids = torch.tensor([[4, 5, 6, 7], [4, 5, 6, 8]], device=next(body.parameters()).device)
     hidden = body(input_ids=ids, attention_mask=torch.ones_like(ids)).last_hidden_state  # [2, T, D]
     return torch.equal(hidden[0, :3], hidden[1, :3])
+
+
+PER_BYTE = 8
+"""Most parameters in a byte of weight files: no format stores one in less than a bit."""
+
+
+def require_weights(kind: Any, config: Any, stored: int, name: str) -> None:
+    """Raise when a configuration describes a far larger model than the weight files can fill.
+
+    transformers draws what the files lack and says so afterwards; a configuration alone would first take the memory of
+    all that it describes. Here the model is built without memory, and no further than the limit.
+
+    Args:
+        kind: the class of transformers that builds the model.
+        config: its configuration; left as it is.
+        stored: bytes of the weight files.
+        name: of the model, for the message.
+
+    Raises:
+        ModelError: it has more than :data:`PER_BYTE` parameters a byte.
+    """
+    thread, total = get_ident(), 0
+
+    def count(module: nn.Module, key: str, parameter: nn.Parameter | None) -> None:
+        nonlocal total
+        if parameter is not None and get_ident() == thread:
+            total += parameter.numel()
+            if total > PER_BYTE * stored:
+                raise ModelError(
+                    f"cannot load the model {name!r}: its weight files have {stored} bytes, and the model that its "
+                    f"configuration describes has {total} parameters or more. Fetch the files anew."
+                )
+
+    hook = register_module_parameter_registration_hook(count)
+    try:
+        with torch.device("meta"):
+            kind.from_config(deepcopy(config), dtype=torch.float32, trust_remote_code=False)
+    except RuntimeError:
+        # Some constructors compute with numbers, which only from_pretrained has a way around. It builds without memory
+        # too, and says itself what else may be wrong.
+        return
+    finally:
+        hook.remove()

@@ -9,13 +9,17 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import io
+import mmap
 import os
 import shutil
+import struct
 import tempfile
 from pathlib import Path
 from typing import Any
 
 from fedfm.errors import ModelError
+from fedfm.models.architectures import require_weights
+from fedfm.wire.admit import brief
 
 FORMAT = 2
 """Version of the converted copy; part of its folder's name."""
@@ -77,9 +81,80 @@ def converted(file: Path) -> Path:
     return final
 
 
+_LEAST = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 8: 8, 9: 12, 10: 8, 11: 8, 12: 8}
+"""Least bytes of a GGUF value by its type: 8 is a text after its length, 9 an array after its type and length."""
+_TEXT, _ARRAY = 8, 9
+
+
+def _check_header(file: Path) -> None:
+    """Walk the header of a GGUF file, comparing every length that it claims with the bytes that are left.
+
+    Readers count to what a header claims, without end if it lies.
+
+    Raises:
+        ModelError: a length cannot be true, or the header is none that readers know.
+    """
+    with file.open("rb") as stream, mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as data:
+        try:
+            _walk(data)
+        except (struct.error, ValueError, KeyError) as error:
+            reason = f"it has a value of unknown type {error}" if isinstance(error, KeyError) else str(error)
+            raise ModelError(f"{file} is damaged, or no GGUF file: {reason}. Fetch it anew.") from error
+
+
+def _walk(data: mmap.mmap) -> None:
+    at = 4
+
+    def number(form: str) -> int:
+        nonlocal at
+        (value,) = struct.unpack_from(form, data, at)
+        at += struct.calcsize(form)
+        return value
+
+    def within(count: int, size: int, what: str) -> int:
+        if count * size > len(data) - at:
+            raise ValueError(f"it claims {count} {what} in the {len(data) - at} bytes that are left")
+        return count
+
+    def skip(size: int) -> None:
+        nonlocal at
+        at += within(size, 1, "bytes")
+
+    def value(kind: int, depth: int = 0) -> None:
+        if kind == _TEXT:
+            skip(number("<Q"))
+        elif kind == _ARRAY:
+            if depth == 4:
+                raise ValueError("its arrays are nested more than 4 deep")
+            member, count = number("<I"), number("<Q")
+            within(count, _LEAST[member], "members of an array")
+            if member in (_TEXT, _ARRAY):
+                for _ in range(count):
+                    value(member, depth + 1)
+            else:
+                skip(count * _LEAST[member])
+        else:
+            skip(_LEAST[kind])
+
+    if (version := number("<I")) not in (2, 3):
+        raise ValueError(f"its version is {version}, and only 2 and 3 can be read")
+    tensors, keys = number("<Q"), number("<Q")
+    # A tensor has at least a length, a number of dimensions, a type and an offset; a key a length, a type and a byte.
+    within(tensors, 24, "tensors")
+    within(keys, 13, "keys")
+    for _ in range(keys):
+        value(_TEXT)
+        value(number("<I"))
+    for _ in range(tensors):
+        value(_TEXT)
+        skip(8 * number("<I"))
+        skip(4 + 8)
+
+
 def _convert(file: Path, folder: Path) -> None:
     import transformers
 
+    _check_header(file)
     source: dict[str, Any] = {
         "pretrained_model_name_or_path": file.parent,
         "gguf_file": file.name,
@@ -90,20 +165,25 @@ def _convert(file: Path, folder: Path) -> None:
     unpack: dict[str, Any] = {}
     if hasattr(transformers, "GgufConfig"):
         unpack = {"quantization_config": transformers.GgufConfig(dequantize=True)}
+    kind = transformers.AutoModelForCausalLM
     try:
         # The progress bar of unpacking has no switch of its own.
         with contextlib.redirect_stderr(io.StringIO()):
-            model = transformers.AutoModelForCausalLM.from_pretrained(**source, **unpack).float()
+            config = transformers.AutoConfig.from_pretrained(**source)
+            require_weights(kind, config, file.stat().st_size, str(file))
+            model = kind.from_pretrained(**source, **unpack).float()
             tokenizer = transformers.AutoTokenizer.from_pretrained(**source)
+        _split_digits(tokenizer, file)
+        length = getattr(model.config, "max_position_embeddings", tokenizer.model_max_length)
+        tokenizer.model_max_length = min(length, tokenizer.model_max_length)
+    except ModelError:
+        raise
     except ImportError as error:
         raise ModelError(f"reading {file.name} needs the package gguf: pip install gguf.") from error
-    except (ValueError, KeyError, RuntimeError, NotImplementedError) as error:
-        raise ModelError(
-            f"{file} is not a GGUF file that transformers can read: {' '.join(str(error).split())[:300]}"
-        ) from error
-    _split_digits(tokenizer, file)
-    length = getattr(model.config, "max_position_embeddings", tokenizer.model_max_length)
-    tokenizer.model_max_length = min(length, tokenizer.model_max_length)
+    except Exception as error:
+        # What a lie in the file breaks comes out of the readers as any error; the tokenizers raise a bare Exception.
+        reason = brief(str(error)) or type(error).__name__
+        raise ModelError(f"{file} is not a GGUF file that transformers can read: {reason}") from error
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
 

@@ -6,9 +6,11 @@ import json
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 from fedfm.errors import ModelError
 from fedfm.models.convert import converted
+from fedfm.wire.admit import brief
 
 
 @dataclass(frozen=True)
@@ -75,6 +77,7 @@ def resolve(name: str) -> Source:
         if not path.exists():
             raise ModelError(f"there is no file {path}.")
         if path.suffix == ".gguf" and path.is_file():
+            refuse_adapter(path.parent / "adapter_config.json")
             return Source(str(path), converted(path))
         if path.is_file() and path.suffix != ".safetensors":
             raise ModelError(f"{path} is neither a .gguf nor a .safetensors file; fedfm reads no other weights.")
@@ -88,13 +91,35 @@ def resolve(name: str) -> Source:
     return Source(name, name)
 
 
+def settings(file: Path) -> dict[str, Any]:
+    """The content of a JSON file that comes with a model.
+
+    Raises:
+        ModelError: it is not JSON, or not a mapping.
+    """
+    try:
+        content = json.loads(file.read_bytes())
+    except (OSError, ValueError, RecursionError) as error:
+        raise ModelError(f"cannot read {file} as JSON: {brief(str(error))}. Fetch it anew.") from error
+    if not isinstance(content, dict):
+        raise ModelError(f"{file} must hold a JSON mapping, but holds a {type(content).__name__}. Fetch it anew.")
+    return content
+
+
+def refuse_adapter(file: Path) -> None:
+    """Raise where an ``adapter_config.json`` lies beside a model: transformers would load it and its base, unasked."""
+    if file.exists():
+        base = brief(str(settings(file).get("base_model_name_or_path")), 100)
+        raise ModelError(
+            f"{file.parent} holds an adapter, not a model. Merge it first, or load its base model {base!r}."
+        )
+
+
 def _check_folder(folder: Path) -> None:
-    # Read first: where both lie together, transformers would load the adapter and its base, unasked.
-    if (adapter := folder / "adapter_config.json").exists():
-        base = json.loads(adapter.read_text()).get("base_model_name_or_path")
-        raise ModelError(f"{folder} holds an adapter, not a model. Merge it first, or load its base model {base!r}.")
+    refuse_adapter(folder / "adapter_config.json")
     if not (folder / "config.json").exists():
         raise ModelError(f"{folder} has no config.json; give a folder that save_pretrained wrote.")
+    settings(folder / "config.json")
     if not any(folder.glob("*.safetensors")):
         pickled = next(folder.glob("*.bin"), None)
         raise ModelError(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,8 +12,9 @@ import torch
 
 from fedfm.core import seeds
 from fedfm.errors import ModelError, nearest
-from fedfm.models.architectures import Architecture, HeadSplit, architecture, head_split
-from fedfm.models.embedded import EMBEDDED, Source, resolve
+from fedfm.models.architectures import Architecture, HeadSplit, architecture, head_split, require_weights
+from fedfm.models.embedded import EMBEDDED, Source, refuse_adapter, resolve, settings
+from fedfm.wire.admit import brief
 
 Head = Literal["causal_lm", "sequence_classification", "masked_lm", "none"]
 
@@ -95,12 +96,17 @@ def load(
             _fits(config, head, name)
             if labels:
                 config.id2label, config.label2id = labels, {n: i for i, n in labels.items()}
-            if source.file:
-                config.transformers_weights = source.file
+            chosen = source.file or getattr(config, "transformers_weights", None)
+            for part in (config, config.get_text_config()):
+                if getattr(part, "transformers_weights", None) != chosen:
+                    part.transformers_weights = chosen
+            kind, stored = getattr(transformers, _CLASSES[head]), _stored(source, chosen, options["revision"])
             with torch.random.fork_rng(devices=[]):
+                if stored is not None:
+                    require_weights(kind, config, stored, name)
                 # torch.manual_seed would seed the generators of CUDA devices too.
                 torch.default_generator.manual_seed(seeds.derive(seed, "head"))
-                model, info = getattr(transformers, _CLASSES[head]).from_pretrained(
+                model, info = kind.from_pretrained(
                     source.where,
                     config=config,
                     dtype=_DTYPES[dtype],
@@ -168,6 +174,54 @@ def _fits(config: Any, head: str, name: str) -> None:
         )
 
 
+def _stored(source: Source, chosen: Any, revision: str) -> int | None:
+    """Bytes of the files that the weights are read from; ``None`` where transformers must look further on the Hub.
+
+    transformers reads any file that an index or a configuration names, pickles and those of other folders too.
+
+    Args:
+        source: where the model is.
+        chosen: the one file or index to read; ``None`` for the usual ones.
+        revision: branch, tag or commit on the Hub.
+
+    Raises:
+        ModelError: a file has no name that safetensors have, or lies elsewhere; or a folder has no such files.
+    """
+    from transformers.utils.hub import cached_file, cached_files
+
+    def found(file: str, must_reach: bool = True) -> Path | None:
+        missing: dict[str, Any] = {"_raise_exceptions_for_missing_entries": False}
+        missing["_raise_exceptions_for_connection_errors"] = must_reach
+        place = cached_file(source.where, file, revision=revision, **missing)
+        return Path(place) if place else None
+
+    if adapter := found("adapter_config.json", must_reach=False):
+        refuse_adapter(adapter)
+    names = ("model.safetensors", "model.safetensors.index.json") if chosen is None else (chosen,)
+    _plain(names, source, (".safetensors", ".safetensors.index.json"))
+    file = next(filter(None, map(found, names)), None)
+    if file is None and isinstance(source.where, Path):
+        raise ModelError(f"{source.where} has no {' and no '.join(names)}. Write them with save_pretrained.")
+    if file is None or file.suffix != ".json":
+        return file.stat().st_size if file else None
+    shards = settings(file).get("weight_map")
+    if not isinstance(shards, dict) or not shards:
+        raise ModelError(f"{file} has no weight_map, so it says of no tensor where it is. Fetch it anew.")
+    _plain(shards.values(), source, ".safetensors")
+    files = cached_files(source.where, sorted(set(shards.values())), revision=revision)
+    return sum(Path(one).stat().st_size for one in files or ())
+
+
+def _plain(names: Iterable[Any], source: Source, endings: str | tuple[str, ...]) -> None:
+    """Raise unless these are names of files in the model's own folder with such endings."""
+    for name in names:
+        if not isinstance(name, str) or Path(name).name != name or not name.endswith(endings):
+            raise ModelError(
+                f"{source.where} says that its weights are in {brief(str(name), 100)!r}, and fedfm reads only files of "
+                "the same folder that end in .safetensors. Write them with save_pretrained."
+            )
+
+
 def _new_modules(model: Any, info: dict[str, Any], head: str, name: str) -> tuple[str, ...]:
     """Top modules of the head whose tensors the source lacks; anything else that it lacks is an error."""
     drawn = sorted({*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])})
@@ -206,12 +260,16 @@ def _explained(name: str, source: Source) -> Iterator[None]:
     """Turn the ways in which loading fails into one line that says what to do."""
     from huggingface_hub import errors as hub
     from huggingface_hub import is_offline_mode
-    from safetensors import SafetensorError
 
     try:
         yield
-    except (OSError, ValueError, KeyError, ImportError, SafetensorError, hub.StrictDataclassError) as error:
-        reason, hint = " ".join(str(error).split())[:300] or type(error).__name__, ""
+    except ModelError:
+        raise
+    except Exception as error:
+        # What a lie in a file breaks comes out of the readers as any error; the tokenizers raise a bare Exception.
+        reason, hint = brief(str(error)) or type(error).__name__, ""
+        if not isinstance(error, (OSError, ValueError, ImportError, MemoryError)):
+            reason = f"its files cannot be understood ({type(error).__name__}: {reason}). Fetch them anew."
         causes = (error, error.__cause__, error.__context__)
         if "trust_remote_code" in str(error):
             reason = "it needs code of its own, and fedfm runs no code that comes with a model."

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from fedfm.observe.observer import Observer
@@ -80,7 +81,8 @@ def line(name: str, rounds: int, record: Mapping[str, Any]) -> str:
     if record.get("bytes_up") or record.get("bytes_down"):
         words.append(f"up {size(record['bytes_up'])} down {size(record['bytes_down'])}")
     words.append(f"{record['seconds']:.1f} s")
-    words += [f"[red]dropped {d['client']}: {d['reason']}[/]" for d in record.get("dropped", [])[:3]]
+    dropped = [escape(f"dropped {d['client']}: {d['reason']}") for d in record.get("dropped", [])[:3]]
+    words += [f"[red]{one}[/]" for one in dropped]
     return "  ".join(words)
 
 

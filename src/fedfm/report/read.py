@@ -14,6 +14,7 @@ from typing import Any
 import yaml
 
 from fedfm.errors import StoreError
+from fedfm.store.plain_yaml import loads
 
 FEW = 30
 """Clients that are shown one by one; of more, the worst and the best ``EDGE``."""
@@ -176,7 +177,7 @@ def read(folder: Path) -> Run:
     if recipe_text is None and not (folder / "metrics.jsonl").exists():
         raise StoreError(f"{folder} holds no run: neither recipe.yaml nor metrics.jsonl is there.")
     try:
-        recipe = yaml.safe_load(recipe_text or "") or {}
+        recipe = loads(recipe_text or "") or {}
     except yaml.YAMLError as error:
         raise StoreError(f"{folder / 'recipe.yaml'} is not YAML: {' '.join(str(error).split())}.") from error
     status = _json(folder / "status.json")

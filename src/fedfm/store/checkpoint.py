@@ -100,7 +100,7 @@ class Checkpoints:
             tensors = load_file(rounds[-1] / "state.safetensors")
             values = {name: restore(value, tensors) for name, value in content["state"].items()}
             return content["round"], kind(**values), restore(content["extra"], tensors)
-        except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError, SafetensorError) as error:
             raise StoreError(
                 f"the checkpoint {rounds[-1]} cannot be read ({error}). "
                 "Remove that folder to go on from the one before it."

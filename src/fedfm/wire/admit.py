@@ -31,6 +31,20 @@ class Limits:
     timeout_s: float = 0.0
 
 
+BROKEN = (LookupError, TypeError, ValueError, OverflowError, RuntimeError)
+"""What stages and checks may raise of an upload that no client of fedfm makes."""
+
+
+def brief(text: str, most: int = 300) -> str:
+    """What a client said, as one printable line of bounded length.
+
+    >>> brief("two\\nlines \\x1b[31m")
+    'two lines [31m'
+    """
+    line = " ".join("".join(c if c.isprintable() else " " for c in text[: most + 1]).split())
+    return line if len(text) <= most else line[:most] + " ..."
+
+
 def admit(update: Update, kind: Kind, expected: Tensors | None, limits: Limits) -> None:
     """Check one update.
 

@@ -28,6 +28,10 @@ from fedfm.errors import BadUpdate
 MAGIC = b"FFM1"
 MAX_HEADER = 1 << 20
 MAX_METRICS = 256
+_BROKEN = (
+    ValueError, LookupError, TypeError, AttributeError, RecursionError, OverflowError, RuntimeError, AssertionError
+)  # fmt: skip
+"""What reading bytes of somebody's invention may raise; torch says of impossible shapes RuntimeError."""
 
 
 def encode(update: Update) -> bytes:
@@ -53,7 +57,7 @@ def decode(data: bytes, member: str) -> Update:
         metrics = {str(name): float(value) for name, value in header["metrics"].items()}
         kind, weight = Kind(header["kind"]), float(header["weight"])
         tensors = load(data[8 + length :])
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError, OverflowError, SafetensorError) as error:
+    except (*_BROKEN, SafetensorError) as error:
         raise BadUpdate(f"the bytes are not an update: {error}") from error
     if len(metrics) > MAX_METRICS:
         raise BadUpdate(f"it has {len(metrics)} metrics, more than {MAX_METRICS}")

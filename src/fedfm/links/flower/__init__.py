@@ -6,6 +6,7 @@ A task is one Flower message to the node that speaks for a client, its answer on
 record     entry       content
 =========  ==========  ========================================================================================
 ``task``   settings    phase, round, client, tickets, settings that both sides must have alike
+``seal``   settings    a signature over all of this, where server and clients need one (:mod:`fedfm.deploy.seal`)
 ``down``   ``bytes``   the message as safetensors
 ``done``   settings    status, reason, seconds, steps
 ``up``     ``bytes``   the update as :mod:`fedfm.wire.codec` wrote it
@@ -15,17 +16,35 @@ Bytes travel in a Flower ``Array`` with ``dtype="uint8"`` and ``stype="fedfm"``:
 so bfloat16 and float8 survive. safetensors sorts by name; the order that the tensors had travels beside them, because a
 norm adds up in that order, and runs are to be equal to the bit.
 
-**Private state.** A task has a *ticket*: its round, and the how-manieth question of the link it is. What a client keeps
-in a task is *pending*, on its own disk, until the server says that the update was admitted. The server notes the ticket
-of each client's last admitted task in its own run folder, versioned as its checkpoints are, and every message names it.
-A client then stores what is pending if it has that ticket, and forgets it if not; a ticket older than what it stored
-means that the server went on from an earlier checkpoint, and the client goes back as far. So either side may crash at
-any moment. At the end of a question, a message without a task says the same at once, so that nothing is pending when
-the run ends; who misses it is told by its next task.
+Private state and tickets are those of :mod:`fedfm.links.node`. At the end of a question, a message without a task says
+what was admitted, so that nothing is pending when the run ends; who misses it is told by its next task.
 """
 
-from fedfm.links.flower.client import Node, client_app
-from fedfm.links.flower.memory import InMemoryFlower, MemoryGrid
-from fedfm.links.flower.server import FlowerLink, Roll, over, server_app
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from fedfm.links.flower.client import client_app
+    from fedfm.links.flower.memory import InMemoryFlower, MemoryGrid
+    from fedfm.links.flower.server import FlowerLink, Roll, over, server_app
+    from fedfm.links.node import Node
+
+# Loaded when first used: the app in which a site's messages arrive starts for each of them, and needs no torch.
+_HOMES = {
+    "FlowerLink": "fedfm.links.flower.server",
+    "InMemoryFlower": "fedfm.links.flower.memory",
+    "MemoryGrid": "fedfm.links.flower.memory",
+    "Node": "fedfm.links.node",
+    "Roll": "fedfm.links.flower.server",
+    "client_app": "fedfm.links.flower.client",
+    "over": "fedfm.links.flower.server",
+    "server_app": "fedfm.links.flower.server",
+}
 
 __all__ = ["FlowerLink", "InMemoryFlower", "MemoryGrid", "Node", "Roll", "client_app", "over", "server_app"]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOMES:
+        return getattr(import_module(_HOMES[name]), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -13,8 +13,9 @@ from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid
 
 from fedfm.core.method import Method
-from fedfm.links.flower.client import Node, client_app
+from fedfm.links.flower.client import client_app
 from fedfm.links.flower.server import FlowerLink
+from fedfm.links.node import Node
 from fedfm.links.worker import Worker
 from fedfm.store.clients import ClientStore
 from fedfm.train.trainer import Trainer

@@ -6,7 +6,7 @@ import math
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar, NoReturn
 
@@ -20,19 +20,23 @@ from fedfm.core.method import Method
 from fedfm.core.plan import Members
 from fedfm.core.space import Layout
 from fedfm.core.update import Member, Tensors
-from fedfm.errors import BadUpdate, ClientError, DataError
-from fedfm.links.flower.records import AS_IT_IS, NEVER, Ticket, alike, in_order, order, packed
+from fedfm.errors import BadUpdate, ClientError, DataError, FedfmError
+from fedfm.links.flower.client import packed
 from fedfm.links.link import Reply
+from fedfm.links.tickets import AS_IT_IS, NEVER, Ticket, alike, digest, in_order, order
 from fedfm.store.clients import ClientStore
 from fedfm.train.trainer import Trainer
 from fedfm.wire import codec
 from fedfm.wire.stage import Stage
 
 if TYPE_CHECKING:
+    from fedfm.deploy.guard import Guard
     from fedfm.federation import Federation
 
 PAUSE_S = 0.2
 """Seconds between two looks for replies."""
+MOST = 1e9
+"""Steps or seconds of one task that a client may claim."""
 SLACK_S = 60.0
 """Seconds that transport may take beside the client's own work."""
 
@@ -43,12 +47,15 @@ class Roll:
     Args:
         grid: reaches the nodes.
         wait_s: seconds that a node may take to say who it is.
+        guard: signs what is sent and checks what comes, where server and clients do not trust the way between them.
     """
 
-    def __init__(self, grid: Grid, wait_s: float = SLACK_S) -> None:
+    def __init__(self, grid: Grid, wait_s: float = SLACK_S, guard: Guard | None = None) -> None:
         self.grid = grid
         self.wait_s = wait_s
+        self.guard = guard
         self.nodes: dict[str, int] = {}
+        self.refused: dict[int, str] = {}
         self._members: dict[str, Member] = {}
         self._known: set[int] = set()
 
@@ -65,10 +72,22 @@ class Roll:
     def pooled(self) -> Members:
         raise DataError("the clients' rows are on their own machines; nobody can pool them")
 
-    def wait(self, least: int) -> None:
-        """Return when ``least`` members are there."""
+    def wait(self, least: int, patience_s: float = math.inf) -> None:
+        """Return when ``least`` members are there.
+
+        Raises:
+            FedfmError: they are not after ``patience_s`` seconds; says who is, and why others were refused.
+        """
+        began = time.monotonic()
         self.refresh()
         while len(self.nodes) < least:
+            if time.monotonic() - began > patience_s:
+                there = ", ".join(sorted(self.nodes)) or "nobody"
+                refused = "".join(f"; node {node} was refused: {why}" for node, why in self.refused.items())
+                raise FedfmError(
+                    f"{least} sites must be there, but after {patience_s:g} s there is {there}{refused}. Start the "
+                    "missing ones, or lower least."
+                )
             time.sleep(PAUSE_S)
             self.refresh()
 
@@ -77,16 +96,23 @@ class Roll:
         online = set(self.grid.get_node_ids())
         self.nodes = {member: node for member, node in self.nodes.items() if node in online}
         self._known &= online
-        new = {node: RecordDict() for node in sorted(online - self._known)}
+        new, signed = {}, {}
+        for node in sorted(online - self._known):
+            new[node], signed[node] = sealed(self.guard, "hello", {})
         for node, reply in _answers(self.grid, "query.hello", new, self.wait_s):
             self._known.add(node)
             try:
-                member = _introduced(reply)
+                member = _introduced(reply, self.guard, signed[node])
                 if member.id in self.nodes:
                     raise BadUpdate(f"node {self.nodes[member.id]} already speaks for {member.id!r}")
             except BadUpdate as error:
                 warnings.warn(f"Flower node {node} takes no part: {error}", stacklevel=2)
+                self.refused[node] = str(error)
+                if self.guard:
+                    self.guard.note("refused", kind="hello", node=node, reason=str(error))
                 continue
+            if self.guard:
+                self.guard.note("joined", kind="hello", node=node, client=member.id, examples=member.examples)
             self.nodes[member.id] = node
             self._members[member.id] = member
 
@@ -108,6 +134,7 @@ class FlowerLink:
             who are still missing are late. 0 means no limit but Flower's, which answers for nodes that are gone.
         on_step: told of the steps of each reply; may raise ``Stopped``.
         clock: seconds, monotonic.
+        guard: signs what is sent, checks what comes and writes the audit log.
     """
 
     simulated: ClassVar[bool] = False
@@ -127,8 +154,10 @@ class FlowerLink:
         timeout_s: float = 0.0,
         on_step: Callable[[int], None] = lambda steps: None,
         clock: Callable[[], float] = time.monotonic,
+        guard: Guard | None = None,
     ) -> None:
         self.method = method
+        self.guard = guard
         self.ledger = store
         self.grid = grid
         self.roll = roll or Roll(grid)
@@ -145,21 +174,20 @@ class FlowerLink:
         ticket = (round, self._asked)
         self.roll.refresh()
         members = sorted(messages, key=lambda m: m.id)
-        ready_made: dict[int, tuple[int, ArrayRecord, list[int]]] = {}
-        contents, ready = {}, {}
+        ready_made: dict[int, _Message] = {}
+        contents, ready, signed = {}, {}, {}
         for member in members:
             message = messages[member]
             # Most methods send everybody the same tensors: those are packed once.
             if id(message) not in ready_made:
-                data = save(trees.unshared(message))
-                ready_made[id(message)] = len(data) if message else 0, packed(data), order(message)
-            down, record, names = ready_made[id(message)]
+                ready_made[id(message)] = _Message.of(message)
+            down = ready_made[id(message)]
             node = self.roll.nodes.get(member.id)
             if node is None:
                 ready[member.id] = Reply(member, None, "no Flower node speaks for it")
                 continue
-            settings = {"order": names, "ticket": list(ticket), **self._settings(member, phase, round)}
-            contents[node] = RecordDict({"task": ConfigRecord(settings), "down": record})
+            settings = {"order": down.order, "ticket": list(ticket), **self._settings(member, phase, round)}
+            contents[node], signed[node] = sealed(self.guard, "task", settings, down)
         kind = "evaluate" if phase in self.method.scoring else "train"
         waiting = {self.roll.nodes[m.id]: m for m in members if m.id not in ready}
         wait_s = self.timeout_s + SLACK_S if self.timeout_s else math.inf
@@ -168,8 +196,8 @@ class FlowerLink:
             while member.id not in ready:
                 node, answer = next(answers)
                 sender = waiting[node]
-                down = ready_made[id(messages[sender])][0]
-                ready[sender.id] = replace(self._reply(sender, phase, ticket, answer), bytes_down=down)
+                reply = self._reply(sender, phase, ticket, answer, signed[node])
+                ready[sender.id] = replace(reply, bytes_down=ready_made[id(messages[sender])].size)
                 if not self.simulated:
                     self.on_step(ready[sender.id].steps)
             yield ready.pop(member.id)
@@ -180,23 +208,42 @@ class FlowerLink:
         accepted = noted["ticket"].tolist() if noted else list(AS_IT_IS if self.simulated else NEVER)
         return {"phase": phase, "round": round, "client": member.id, "accepted": accepted, **self._alike}
 
-    def _reply(self, member: Member, phase: str, ticket: Ticket, answer: Message | None) -> Reply:
+    def _reply(self, member: Member, phase: str, ticket: Ticket, answer: Message | None, signed: bytes) -> Reply:
+        reply = self._understood(member, phase, ticket, answer, signed)
+        if self.guard is None:
+            return reply
+        what = {"kind": "update", "phase": phase, "round": ticket[0], "client": member.id}
+        if reply.update is None:
+            self.guard.note("refused", **what, reason=reply.reason)
+            return reply
+        guard, data = self.guard, answer.content["up"]["bytes"].data  # type: ignore[union-attr, call-overload]
+        what |= {"holds": reply.update.kind.value, "bytes": len(data), "sha256": digest(data).hex()}
+        guard.note("received", **what)
+
+        def accept() -> None:
+            reply.accept()
+            guard.note("admitted", **what)
+
+        return replace(reply, accept=accept)
+
+    def _understood(self, member: Member, phase: str, ticket: Ticket, answer: Message | None, signed: bytes) -> Reply:
         if answer is None:
             return Reply(member, None, f"late: no answer in {self.timeout_s + SLACK_S:g} s")
         if answer.has_error():
-            lines = (answer.error.reason or "no reason given").strip().splitlines()
+            lines = (answer.error.reason or "").strip().splitlines() or ["no reason given"]
             return Reply(member, None, f"Flower error {answer.error.code}: {lines[-1]}")
         try:
+            opened(self.guard, member.id, answer.content, signed)
             return self._read(member, phase, ticket, answer.content)
         except BadUpdate as error:
             return Reply(member, None, str(error))
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
+        except (LookupError, TypeError, ValueError, AttributeError, OverflowError, RuntimeError) as error:
             return Reply(member, None, f"the reply is not one of fedfm: {error!r}")
 
     def _read(self, member: Member, phase: str, ticket: Ticket, content: Any) -> Reply:
         done = content["done"]
         status, reason, seconds, steps = done["status"], str(done["reason"]), float(done["seconds"]), int(done["steps"])
-        if not (math.isfinite(seconds) and seconds >= 0 and steps >= 0):
+        if not (0 <= seconds <= MOST and 0 <= steps <= MOST):
             raise BadUpdate(f"it claims {steps} steps in {seconds} s")
         if status == "defect" and self.simulated:
             # Elsewhere a client is not believed: whoever claims a defect could end the run of all.
@@ -217,7 +264,7 @@ class FlowerLink:
     def _settle(self, phase: str, round: int) -> None:
         """Tell those whose update was admitted. Who does not answer will read it in its next task."""
         contents = {
-            self.roll.nodes[m.id]: RecordDict({"task": ConfigRecord(self._settings(m, phase, round))})
+            self.roll.nodes[m.id]: sealed(self.guard, "settle", self._settings(m, phase, round))[0]
             for m in self._admitted
         }
         self._admitted = []
@@ -225,12 +272,64 @@ class FlowerLink:
             pass
 
 
-def over(grid: Grid, roll: Roll | None = None) -> type[FlowerLink]:
+@dataclass(frozen=True)
+class _Message:
+    """What clients are sent, packed.
+
+    Args:
+        record: the bytes.
+        order: in which the tensors were.
+        size: bytes that count; none when there are no tensors.
+        content: digest of the bytes.
+    """
+
+    record: ArrayRecord
+    order: list[int]
+    size: int
+    content: bytes
+
+    @classmethod
+    def of(cls, tensors: Tensors) -> _Message:
+        data = save(trees.unshared(tensors))
+        return cls(packed(data), order(tensors), len(data) if tensors else 0, digest(data))
+
+
+def sealed(
+    guard: Guard | None, kind: str, settings: dict[str, Any], down: _Message | None = None
+) -> tuple[RecordDict, bytes]:
+    """A message as it travels, and its signature where there is a guard.
+
+    Args:
+        guard: signs.
+        kind: ``hello``, ``task`` or ``settle``.
+        settings: of the message.
+        down: the tensors.
+    """
+    signature = b""
+    records: dict[str, Any] = {"down": down.record} if down else {}
+    if guard:
+        settings, signature = guard.close(kind, settings, down.content if down else digest(b""))
+        records["seal"] = ConfigRecord({"signature": signature})
+    return RecordDict({"task": ConfigRecord(settings), **records}), signature
+
+
+def opened(guard: Guard | None, client: str, content: Any, signed: bytes) -> None:
+    """See that a reply is from ``client`` and to the message so ``signed``.
+
+    Raises:
+        BadUpdate: it is not.
+    """
+    if guard:
+        up = content["up"]["bytes"].data if "up" in content else b""
+        guard.open(client, content["seal"]["signature"], dict(content["done"]), digest(up), signed)
+
+
+def over(grid: Grid, roll: Roll | None = None, guard: Guard | None = None) -> type[FlowerLink]:
     """The link over a grid, as the class that ``Federation(..., link=...)`` takes."""
 
     class Over(FlowerLink):
         def __init__(self, *args: Any, **kwargs: Any) -> None:
-            super().__init__(*args, grid=grid, roll=roll, **kwargs)
+            super().__init__(*args, grid=grid, roll=roll, guard=guard, **kwargs)
 
     return Over
 
@@ -279,16 +378,23 @@ def _answers(
     yield from ((node, None) for node in waiting.values())
 
 
-def _introduced(reply: Message | None) -> Member:
-    """The member that a node says it is."""
+def _introduced(reply: Message | None, guard: Guard | None, signed: bytes) -> Member:
+    """The member that a node says it is.
+
+    Raises:
+        BadUpdate: it does not say, or not so that it can be believed.
+    """
     if reply is None or reply.has_error():
         raise BadUpdate(f"it does not say who it is: {reply and reply.error.reason}")
     try:
-        who: Any = reply.content
-        id, numbers = who["who"]["client"], dict(who["has"])
-        examples = numbers.pop("examples")
+        content: Any = reply.content
+        done = dict(content["done"])
+        if "client" not in done:
+            raise BadUpdate(f"it does not say who it is: {done.get('reason', 'and not why')}")
+        id, examples = done.pop("client"), done.pop("examples")
         if not (isinstance(id, str) and id and isinstance(examples, int) and examples >= 0):
             raise BadUpdate(f"it calls itself {id!r} with {examples!r} examples")
-        return Member(id, examples, {name: float(value) for name, value in numbers.items()})
+        opened(guard, id, content, signed)
+        return Member(id, examples, {name: float(value) for name, value in done.items()})
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise BadUpdate(f"it does not say who it is: {error!r}") from error

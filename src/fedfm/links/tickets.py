@@ -1,11 +1,15 @@
-"""What server and clients write into Flower's records, and how it is read."""
+"""What server and clients of a deployed federation must have alike, and how they number tasks.
+
+A task has a *ticket*: its round, and the how-manieth question of the link it is.
+"""
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
+from typing import Any
 
 import torch
-from flwr.app import Array, ArrayRecord
 
 from fedfm.core.method import Method
 from fedfm.core.update import Tensors
@@ -19,13 +23,27 @@ AS_IT_IS: Ticket = (-1, -1)
 """The server looks after the client's store itself."""
 
 
+def ticket(value: Any) -> Ticket:
+    """The ticket that a message bears.
+
+    Raises:
+        BadUpdate: it is none.
+    """
+    two = tuple(value)
+    whole = len(two) == 2 and all(type(n) is int for n in two)
+    if not (whole and (two == AS_IT_IS or 0 <= min(two) <= max(two) < 2**63)):
+        raise BadUpdate(f"{two!r:.100} is no ticket")
+    return two[0], two[1]
+
+
 def alike(method: Method, stages: Sequence[Stage], seed: int, hide_metrics: bool) -> dict[str, str]:
     """What the recipes of server and client must have in common."""
     return {"method": repr(method), "stages": repr(tuple(stages)), "seed": f"{seed}", "hiding": f"{hide_metrics}"}
 
 
-def packed(data: bytes) -> ArrayRecord:
-    return ArrayRecord({"bytes": Array("uint8", (len(data),), "fedfm", data)})
+def digest(data: bytes | None) -> bytes:
+    """SHA-256."""
+    return hashlib.sha256(data or b"").digest()
 
 
 def order(tensors: Tensors) -> list[int]:

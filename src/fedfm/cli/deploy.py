@@ -1,0 +1,234 @@
+"""Commands for federations of organisations: ``deploy init``, ``certs``, ``site``, ``up``, ``run``, ``status``, ..."""
+
+from __future__ import annotations
+
+import json
+import signal
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from types import FrameType
+from typing import Annotated, Any
+
+import typer
+from rich.markup import escape
+
+from fedfm.cli.app import STOPPED, app, output, progress
+from fedfm.cli.run import Json, Set, _stoppable
+from fedfm.errors import FedfmError, RecipeError
+from fedfm.recipe import read
+
+deploy = typer.Typer(
+    no_args_is_help=True,
+    help="A federation of organisations over Flower: TLS, signed messages, a policy at each site.\n\n"
+    "To try it: [bold]fedfm deploy up --local --sites 3[/]. To set one up: [bold]init[/], [bold]certs[/], then what "
+    "README.md in the folder says.",
+)
+app.add_typer(deploy, name="deploy", rich_help_panel="Deploy")
+
+Folder = Annotated[Path, typer.Argument(help="The federation's folder, made by [bold]fedfm deploy init[/].")]
+POLL_S = 1.0
+"""Seconds between two looks at a run."""
+DONE = ("finished:completed", "finished:failed", "finished:stopped")
+
+
+@deploy.command()
+def init(
+    folder: Annotated[Path, typer.Argument(help="The folder to make.")],
+    recipe: Annotated[Path, typer.Option(help="The recipe, a YAML file.")],
+    sites: Annotated[str, typer.Option(help="Names of the sites, separated by commas.")],
+    address: Annotated[str, typer.Option(help="HOST:PORT at which sites reach the coordinator.")] = "127.0.0.1:9092",
+    listen: Annotated[str, typer.Option(help="HOST:PORT at which the SuperLink listens, behind a proxy.")] = "",
+    host: Annotated[list[str] | None, typer.Option(help="A further name of that machine; repeatable.")] = None,
+    set_: Set = None,
+) -> None:
+    """Make the folder of a federation: a Flower app, the coordinator's folder, one folder for each site, the steps.
+
+    Example: fedfm deploy init trial --recipe recipes/demo.yaml --sites north,south --address fl.example.org:9092
+    """
+    from fedfm.deploy import bundle
+
+    names = [name.strip() for name in sites.split(",") if name.strip()]
+    bundle.init(folder, read(recipe, set_ or ()), names, address, listen, host or ())
+    output.print(f"made     {folder}", highlight=False, soft_wrap=True)
+    output.print(f"next     fedfm deploy certs {folder}   (all steps are in {folder / 'README.md'})", highlight=False)
+
+
+@deploy.command()
+def certs(
+    folder: Annotated[Path, typer.Argument(help="A federation's folder, or that of a site, at the site.")],
+) -> None:
+    """Make what is missing of a federation's keys: its own authority, the server's certificate, keys of sites.
+
+    At a site, in its own folder, it makes the site's keys alone. Private keys are readable by their owner alone. What
+    exists is never replaced.
+    """
+    from fedfm.deploy import bundle
+
+    bundle.certify(folder)
+    output.print(f"keys     {folder}", highlight=False, soft_wrap=True)
+
+
+@deploy.command()
+def site(folder: Annotated[Path, typer.Argument(help="The site's folder, with policy.yaml and keys.")]) -> None:
+    """Serve a site: hold its model and rows, and do the tasks that its policy allows. Ends at Ctrl-C."""
+    from fedfm.deploy import channel, logs
+    from fedfm.deploy.site import Site
+
+    logs.begin(sys.stderr)
+    served, ended = Site(folder), False
+
+    def end(number: int, frame: FrameType | None) -> None:
+        nonlocal ended
+        if ended:
+            raise KeyboardInterrupt
+        ended = True
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, end)
+    progress.print(f"site {escape(served.policy.name)} listens at {served.socket}", highlight=False, soft_wrap=True)
+    channel.serve(served.socket, served.answer, lambda: ended)
+
+
+@deploy.command()
+def up(
+    folder: Annotated[Path, typer.Argument(help="The folder to make, or one made before.")] = Path("federation"),
+    local: Annotated[bool, typer.Option("--local", help="All parties on this machine.")] = False,
+    sites: Annotated[int, typer.Option(min=1, help="How many of the recipe's clients become sites.")] = 3,
+    recipe: Annotated[Path, typer.Option(help="The recipe, a YAML file.")] = Path("recipes/demo.yaml"),
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from the last finished round.")] = False,
+    set_: Set = None,
+    json_: Json = False,
+) -> None:
+    """Run a whole federation on this machine: every party a process of its own, with TLS, keys and policies.
+
+    Example: fedfm deploy up --local --sites 3 --recipe recipes/demo.yaml
+    """
+    from fedfm.deploy import bundle
+    from fedfm.deploy import local as processes
+    from fedfm.deploy.coordinator import Settings
+
+    if not local:
+        raise RecipeError(
+            "deploy up starts all parties on this machine: say so with --local. For organisations apart, use init."
+        )
+    if (folder / "coordinator" / "coordinator.yaml").exists():
+        address = Settings.read(folder / "coordinator" / "coordinator.yaml").listen
+        names = sorted(path.parent.name for path in (folder / "sites").glob("*/policy.yaml"))
+    else:
+        address = f"127.0.0.1:{processes.free_port()}"
+        names = bundle.rehearsal(folder, read(recipe, set_ or ()), sites, address)
+    stopped = False
+
+    def stop() -> None:
+        nonlocal stopped
+        stopped = True
+
+    progress.print(f"starting the coordinator at {address} and {len(names)} sites ...", style="dim", highlight=False)
+    with _stoppable(stop), processes.federation(folder, address, names) as running:
+        processes.submit(folder, resume)
+        ended = _watch(folder, lambda: stopped, running.check)
+        if stopped:
+            processes.flwr(folder, "stop", str(processes.current(folder)), "fedfm")
+    _finish(folder, ended, json_)
+
+
+@deploy.command()
+def run(
+    folder: Folder,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from the last finished round.")] = False,
+    json_: Json = False,
+) -> None:
+    """Start a run over the sites that are there, and watch it. Ctrl-C stops watching; the run goes on."""
+    from fedfm.deploy import local as processes
+
+    processes.submit(folder, resume)
+    left = False
+
+    def leave() -> None:
+        nonlocal left
+        left = True
+
+    with _stoppable(leave):
+        ended = _watch(folder, lambda: left)
+    _finish(folder, ended, json_)
+
+
+@deploy.command()
+def status(folder: Folder, json_: Json = False) -> None:
+    """What the latest run is doing: its rounds, who took part, who was dropped and why."""
+    from fedfm.deploy import local as processes
+
+    said, records = processes.status(folder), _records(folder)
+    if json_:
+        print(json.dumps({"status": said, "rounds": records}))
+        return
+    output.print(f"run      {said}", highlight=False)
+    for record in records:
+        output.print(_line(record), highlight=False)
+
+
+@deploy.command()
+def log(folder: Folder, lines: Annotated[int, typer.Option(min=1, help="How many of the last lines.")] = 20) -> None:
+    """The audit log: who sent what, how many bytes, its hash, and what became of it."""
+    place = folder / "coordinator" / "audit.jsonl"
+    for line in place.read_text().splitlines()[-lines:] if place.exists() else ():
+        print(line)
+
+
+@deploy.command()
+def stop(folder: Folder) -> None:
+    """Stop the latest run; its last finished round stays, and --resume goes on from there."""
+    from fedfm.deploy import local as processes
+
+    processes.flwr(folder, "stop", str(processes.current(folder)), "fedfm")
+    output.print("stopped", highlight=False)
+
+
+def _watch(folder: Path, leave: Callable[[], bool], check: Callable[[], None] = lambda: None) -> str:
+    """Print rounds as they are finished, until the run has ended; how it ended."""
+    from fedfm.deploy import local as processes
+
+    shown, said = len(_records(folder)), ""
+    while said not in DONE and not leave():
+        time.sleep(POLL_S)
+        check()
+        records = _records(folder)
+        shown = min(shown, len(records))  # A new run begins its file anew.
+        for record in records[shown:]:
+            progress.print(_line(record), highlight=False)
+        shown = len(records)
+        said = processes.status(folder)
+    return said
+
+
+def _records(folder: Path) -> list[dict[str, Any]]:
+    """The finished rounds of the run folder."""
+    place = folder / "coordinator" / "run" / "metrics.jsonl"
+    return [json.loads(line) for line in place.read_text().split("\n")[:-1]] if place.exists() else []
+
+
+def _line(record: dict[str, Any]) -> str:
+    """A round in a line."""
+    loss = f"loss {record['train_loss']:.3f}" if record.get("train_loss") is not None else ""
+    there = ", ".join(record.get("participants", {})) or "nobody yet"
+    dropped = "".join(f"; dropped {d['client']}: {d['reason']}" for d in record.get("dropped", []))
+    return escape(f"round {record['round']:>3}  {record['seconds']:6.1f} s  {loss:<11}  {there}{dropped}")
+
+
+def _finish(folder: Path, ended: str, as_json: bool) -> None:
+    """Print the results of a run that has ended, and exit with a code that tells the truth."""
+    from fedfm.cli.run import show
+
+    place = folder / "coordinator" / "run"
+    if ended == "finished:completed":
+        results = json.loads((place / "results.json").read_text())
+        print(json.dumps(results)) if as_json else show(results, place)
+        return
+    if ended == "finished:failed":
+        said = json.loads((place / "status.json").read_text()) if (place / "status.json").exists() else {}
+        reason = said.get("reason") or f"see {folder / 'logs' / 'superlink.log'}"
+        raise FedfmError(f"the run failed: {reason}")
+    progress.print(f"the run is {ended or 'under way'}; look again: fedfm deploy status {folder}", highlight=False)
+    raise typer.Exit(STOPPED)

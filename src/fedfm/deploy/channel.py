@@ -1,0 +1,125 @@
+"""Messages between a SuperNode's app and the site process, through a Unix socket.
+
+========  =====================================================
+bytes     content
+========  =====================================================
+8         length of the header, unsigned, big-endian
+8         length of the body
+...       header: a JSON object
+...       body: bytes as they travel
+========  =====================================================
+
+One connection carries one question and one answer. Who may speak is a matter of the socket's file permissions; whom to
+believe is a matter of signatures.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import stat
+import struct
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from fedfm.errors import StoreError
+
+MAX_HEADER = 16 << 20
+MAX_BODY = 64 << 30
+Answer = tuple[dict[str, Any], bytes]
+
+
+def ask(place: Path, header: dict[str, Any], body: bytes) -> Answer:
+    """Ask the process behind a socket and wait for its answer, however long its work takes.
+
+    Raises:
+        StoreError: nobody is there, or it went away before it answered.
+    """
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as line:
+        try:
+            line.connect(str(place))
+            _send(line, header, body)
+            return _receive(line)
+        except (OSError, EOFError, ValueError) as error:
+            raise StoreError(
+                f"the site process behind {place} does not answer: {error}. Start it: fedfm deploy site {place.parent}"
+            ) from error
+
+
+def serve(place: Path, answer: Callable[[dict[str, Any], bytes], Answer], stop: Callable[[], bool]) -> None:
+    """Answer questions one after another until ``stop``; a broken connection ends only itself.
+
+    Args:
+        place: of the socket; group and owner may speak.
+        answer: makes the answer; raises only what is to end the process.
+        stop: looked at once a second.
+    """
+    place.unlink(missing_ok=True)
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as door:
+        before = os.umask(0o117)
+        try:
+            door.bind(str(place))
+        finally:
+            os.umask(before)
+        door.listen(8)
+        door.settimeout(1.0)
+        try:
+            while not stop():
+                try:
+                    line, _ = door.accept()
+                except TimeoutError:
+                    continue
+                with line:
+                    line.settimeout(None)
+                    try:
+                        asked = _receive(line)
+                    except (OSError, EOFError, ValueError):
+                        continue  # Nothing was asked.
+                    given = answer(*asked)
+                    try:
+                        _send(line, *given)
+                    except OSError:
+                        continue  # Who asked is gone; the next task of the same client says so.
+        finally:
+            place.unlink(missing_ok=True)
+
+
+def present(place: Path) -> bool:
+    """Whether somebody listens behind a socket."""
+    try:
+        if not stat.S_ISSOCK(place.stat().st_mode):
+            return False
+        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as line:
+            line.connect(str(place))
+            return True
+    except OSError:
+        return False
+
+
+def _send(line: socket.socket, header: dict[str, Any], body: bytes) -> None:
+    text = json.dumps(header, allow_nan=False).encode()
+    line.sendall(struct.pack(">QQ", len(text), len(body)) + text)
+    line.sendall(body)
+
+
+def _receive(line: socket.socket) -> Answer:
+    text, body = struct.unpack(">QQ", _exactly(line, 16))
+    if text > MAX_HEADER or body > MAX_BODY:
+        raise ValueError(f"a message claims {text} and {body} bytes")
+    header = json.loads(_exactly(line, text))
+    if not isinstance(header, dict):
+        raise ValueError("the header is no object")
+    return header, bytes(_exactly(line, body))
+
+
+def _exactly(line: socket.socket, size: int) -> bytearray:
+    """So many bytes; memory grows with what comes, not with what is claimed."""
+    data = bytearray()
+    while len(data) < size:
+        part = line.recv(min(1 << 20, size - len(data)))
+        if not part:
+            raise EOFError("the connection ended")
+        data += part
+    return data

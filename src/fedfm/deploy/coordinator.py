@@ -1,0 +1,202 @@
+"""The coordinator: runs a recipe over sites that keep their rows, and writes the run folder as a run at home does."""
+
+from __future__ import annotations
+
+import re
+import uuid
+from collections.abc import Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import Field, ValidationError
+
+from fedfm import parts
+from fedfm.core.plan import Members
+from fedfm.deploy import keys, logs
+from fedfm.deploy.guard import Guard
+from fedfm.deploy.seal import Seal
+from fedfm.errors import RecipeError
+from fedfm.experiment import Experiment, loading
+from fedfm.federation import Federation
+from fedfm.links.link import Link
+from fedfm.observe.observer import Observer
+from fedfm.observe.tensorboard import TensorBoard
+from fedfm.recipe import Recipe, Section, read, unknown
+from fedfm.store.files import write_bytes, write_json
+from fedfm.store.folder import RunFolder
+from fedfm.store.plain_yaml import loads
+
+
+class Settings(Section):
+    """``coordinator.yaml``.
+
+    Args:
+        name: of the federation.
+        address: ``host:port`` at which sites reach the coordinator.
+        listen: ``host:port`` at which the SuperLink listens, and where the coordinator's own commands reach it.
+        hosts: names and addresses that the server's certificate holds for.
+        least: sites that must be there before a run starts.
+        patience_s: seconds after which a run fails when they are not.
+        metrics: ``HOST:PORT`` at which Prometheus finds numbers of the run; empty means nowhere.
+        labels: names of the classes, in the order of their numbers, where the task needs them: no site may choose them.
+    """
+
+    name: str = Field(pattern=r"^[a-z][a-z0-9-]{0,31}$")
+    address: str = Field(pattern=r"^[^\s:]+:\d{1,5}$")
+    listen: str = Field(pattern=r"^[^\s:]+:\d{1,5}$")
+    hosts: tuple[str, ...] = ("localhost", "127.0.0.1")
+    least: int = Field(1, ge=1)
+    patience_s: float = Field(600.0, gt=0)
+    metrics: str = ""
+    labels: tuple[str, ...] = ()
+
+    @classmethod
+    def read(cls, path: Path) -> Settings:
+        """The settings in a file.
+
+        Raises:
+            RecipeError: it is absent, no YAML, or has unknown keys or wrong values.
+        """
+        try:
+            return cls.model_validate(loads(path.read_text()))
+        except FileNotFoundError:
+            raise RecipeError(f"there is no {path}. Make the folder first: fedfm deploy init.") from None
+        except (yaml.YAMLError, UnicodeDecodeError) as error:
+            raise RecipeError(f"{path} is not YAML: {' '.join(str(error).split())}.") from error
+        except ValidationError as error:
+            raise RecipeError(f"{path}: {unknown(error, cls) or parts.explain(error, '')}") from None
+
+
+class Coordinator:
+    """The coordinator's folder.
+
+    Args:
+        folder: with ``coordinator.yaml``, keys, and ``sites/NAME.pub`` for each site; beside it ``app/recipe.yaml``.
+
+    Raises:
+        FedfmError: settings, keys or recipe cannot be used.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder.resolve()
+        self.settings = Settings.read(self.folder / "coordinator.yaml")
+
+    @property
+    def least(self) -> int:
+        """Sites that must be there before a run starts."""
+        return self.settings.least
+
+    @cached_property
+    def recipe(self) -> Recipe:
+        """What is run; its run folder is ``run``, its references are left out, as they need all rows in one place."""
+        found = read(self.folder.parent / "app" / "recipe.yaml")
+        return found.model_copy(update={"output_dir": str(self.folder / "run"), "references": ()})
+
+    @cached_property
+    def sites(self) -> dict[str, Path]:
+        """The public keys of the sites, by name."""
+        return {path.stem: path for path in sorted((self.folder / "sites").glob("*.pub")) if "." not in path.stem}
+
+    @cached_property
+    def run_id(self) -> str:
+        """Name of the run, the same when it is resumed."""
+        place = self.folder / "run.id"
+        if not place.exists():
+            write_bytes(place, uuid.uuid4().hex.encode())
+        found = place.read_text().strip()
+        if not re.fullmatch(r"[0-9a-f]{32}", found):
+            raise RecipeError(f"{place} must hold 32 hexadecimal digits, but holds {found!r}. Restore it.")
+        return found
+
+    def begin(self, resume: bool) -> None:
+        """Name a new run, unless an earlier one is resumed."""
+        if not resume:
+            (self.folder / "run.id").unlink(missing_ok=True)
+
+    def guard(self) -> Guard:
+        """Signs messages of this run and checks replies."""
+        others = {name: keys.public(path) for name, path in self.sites.items()}
+        if not others:
+            raise RecipeError(f"{self.folder / 'sites'} holds no site's key. Put NAME.pub of each site there.")
+        common = {
+            "run": self.run_id,
+            # Paths of this machine are nobody's business.
+            "recipe": self.recipe.model_copy(update={"output_dir": "run", "samples": 0}).to_yaml(),
+            "members": len(others),
+            "labels": list(self.settings.labels),
+        }
+        return Guard(Seal(keys.private(self.folder / "signing.key"), others), common, self.folder / "audit.jsonl")
+
+    def run(self, members: Members, link: type[Link], resume: bool) -> dict[str, Any]:
+        """Run what is still to do.
+
+        Args:
+            members: the sites that are there.
+            link: reaches them.
+            resume: go on from the last finished round.
+
+        Returns:
+            The content of ``results.json``, or ``{"status": "stopped"}``.
+        """
+        secret = keys.secret(self.folder / "secret")
+        experiment = Deployed(self.recipe, members, link, self.settings.labels, secret)
+
+        logs.begin(self.folder / "log.jsonl")
+        watching: list[Observer] = [logs.RoundLog(self.run_id)]
+        if self.settings.metrics:
+            from fedfm.observe.prometheus import Prometheus
+
+            watching.append(Prometheus(self.settings.metrics))
+
+        def observers(folder: Path) -> Sequence[Observer]:
+            return (TensorBoard(folder / "tensorboard"), *watching)
+
+        return experiment.run(resume=resume, overwrite=False, observers=observers)
+
+
+class Deployed(Experiment):
+    """A recipe over members whose rows are elsewhere.
+
+    Args:
+        recipe: what to run.
+        members: who is there.
+        link: reaches them.
+        labels: names of the classes.
+        secret: seed of the noise that the server adds: the recipe's seed is known to all.
+    """
+
+    def __init__(
+        self, recipe: Recipe, members: Members, link: type[Link], labels: Sequence[str] = (), secret: int | None = None
+    ) -> None:
+        super().__init__(recipe)
+        self._built["secret"] = secret
+        self.members = members
+        self.link = link
+        self.labels = labels
+
+    @cached_property
+    def main(self) -> Federation:
+        """The federation of the recipe's method."""
+        model = loading(self.recipe, self._built["task"], self.labels or None)
+        return Federation(self.recipe.model.name, members=self.members, load=model, link=self.link, **self._built)
+
+    def _save_plan(self, folder: RunFolder, resume: bool) -> None:
+        """Write the recipe, and who takes part with how many examples; rows are not known here."""
+        counts = {id: {"train": self.members.member(id).examples} for id in self.main.ids}
+        sizes = sorted(c["train"] for c in counts.values())
+        middle = sizes[len(sizes) // 2]
+        summary = {
+            "clients": len(sizes),
+            "rows": sum(sizes),
+            "per_client": {"min": sizes[0], "median": middle, "max": sizes[-1]},
+            "counts": counts,
+            "left_out": [],
+        }
+        write_json(folder.path / "data.json", {"summary": summary, "manifest": {"clients": sorted(counts)}})
+        write_bytes(folder.path / "recipe.yaml", self.recipe.to_yaml().encode())
+
+    def samples(self, after: Any) -> list[dict[str, str]]:
+        """None: held-out rows stay at the sites."""
+        return []

@@ -1,0 +1,427 @@
+"""What a site allows: in which recipes it takes part, and what may leave it.
+
+A policy is a file of the site's own. A recipe comes from the coordinator and is not trusted; nothing in it widens a
+policy. Three questions are put to one:
+
+====================== =========================== ================================================================
+method                 when                        what it sees
+====================== =========================== ================================================================
+:meth:`Policy.recipe`  a recipe has arrived        code of its own, before anything of it is imported or made
+:meth:`Policy.check`   before the model is loaded  the same; model, task, method, stages, local steps, privacy, rows
+:meth:`Policy.release` before an update is sent    names, metrics and size
+====================== =========================== ================================================================
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from pydantic import Field, ValidationError, field_validator
+from pydantic_core import PydanticCustomError
+
+from fedfm import composition, parts
+from fedfm.core import traits, trees
+from fedfm.core.method import Method
+from fedfm.core.plan import Members, Plan
+from fedfm.core.traits import Trait
+from fedfm.core.update import Kind, Member, Tensors, Update
+from fedfm.errors import RecipeError
+from fedfm.parts import Spec
+from fedfm.privacy import accountant
+from fedfm.recipe import Recipe, Section, parse, unknown
+from fedfm.sample.uniform import Uniform
+from fedfm.schedule.synchronous import Synchronous
+from fedfm.store.plain_yaml import loads
+from fedfm.wire import codec, qsgd, topk
+from fedfm.wire.gaussian import Gaussian
+from fedfm.wire.local_gaussian import LocalGaussian
+from fedfm.wire.stage import Setting
+
+METRICS = frozenset({"loss", "steps", "examples", "learning_rate"})
+"""Names of the metrics that may leave a site; each is one number."""
+
+SUMS = frozenset({"loss", "tokens", "examples"})
+"""Sums over held-out rows, of one number each, by which a model is scored. Classification adds ``CONFUSION``."""
+
+CONFUSION = "confusion"
+"""Examples by true and predicted class, ``[K, K]``."""
+
+PACKED = {topk.VALUES: "topk", topk.POSITIONS: "topk", qsgd.LEVELS: "qsgd", qsgd.NORMS: "qsgd"}
+"""Vectors in which encoding stages pack the values of all tensors, and the mark of the placeholders beside them."""
+
+_SINGLE = ("method", "space", "task", "sampler", "rule", "mean", "schedule")
+_SEVERAL = ("stages", "screens", "audits", "references")
+"""Keys of a recipe that hold parts."""
+
+_ADDRESS = re.compile(r"(\[[0-9A-Fa-f:.]+\]|[^\s:\[\]]+):([0-9]{1,5})")
+_HUB = re.compile(r"[\w-][\w.-]{0,95}(/[\w-][\w.-]{0,95})?", re.ASCII)
+
+
+class Refused(RecipeError):
+    """A recipe or an update that a site's policy does not allow; names the key, what it allows and what came."""
+
+
+class Policy(Section):
+    """What a site allows.
+
+    Args:
+        name: of the site and of its client.
+        coordinator: ``host:port`` of the SuperLink.
+        data: the site's rows: a source of :mod:`fedfm.data`, such as ``{kind: file, path: rows.jsonl}``.
+        models: base models that may be loaded, by name or pattern; a file or folder only by its name, word for word.
+        tasks: kinds of tasks, as patterns.
+        methods: kinds of methods, as patterns.
+        tensors: names of tensors that may leave, as patterns of :mod:`fedfm.core.trees`.
+        max_upload_bytes: encoded size of one update.
+        min_examples: training rows that the site must have.
+        max_steps: optimizer steps of one training, as the recipe's ``training``, its profiles and the method's plan
+            have them; 0 means no bound.
+        require_stages: stages that uploads must pass, by kind.
+        max_epsilon: the most that the run may spend of $\\varepsilon$; ``None`` asks for no guarantee.
+        max_delta: the largest $\\delta$ at which ``max_epsilon`` counts: at one near 1, every $\\varepsilon$ is small.
+        own_code: whether a recipe may name parts as ``package.module:Class``, which are imported.
+    """
+
+    name: str
+    coordinator: str
+    data: Spec
+    models: list[str]
+    tasks: list[str] = ["*"]
+    methods: list[str] = ["*"]
+    tensors: list[str] = ["*.lora_A.*", "*.lora_B.*"]
+    max_upload_bytes: int = Field(256 << 20, ge=1)
+    min_examples: int = Field(1, ge=0)
+    max_steps: int = Field(0, ge=0)
+    require_stages: list[str] = []
+    max_epsilon: float | None = Field(None, gt=0, allow_inf_nan=False)
+    max_delta: float = Field(1e-5, gt=0, lt=1)
+    own_code: bool = False
+
+    @field_validator("name")
+    @classmethod
+    def _readable(cls, value: str) -> str:
+        if not (value.strip() and value.isprintable()):
+            raise PydanticCustomError("name", "must be a name in one line")
+        return value
+
+    @field_validator("coordinator")
+    @classmethod
+    def _address(cls, value: str) -> str:
+        found = _ADDRESS.fullmatch(value)
+        if not (found and 0 < int(found[2]) < 65536):
+            raise PydanticCustomError("address", "must be HOST:PORT, such as fl.example.org:9092")
+        return value
+
+    @field_validator("models")
+    @classmethod
+    def _some(cls, value: list[str]) -> list[str]:
+        if not value:
+            raise PydanticCustomError("models", "must name at least one model")
+        return value
+
+    def source(self) -> Any:
+        """The source of the site's rows.
+
+        Raises:
+            RecipeError: ``data`` names none.
+        """
+        found = parts.make("data", self.data, "data")
+        if not hasattr(found, "load"):
+            known = sorted(kind for kind, cls in parts.kinds("data").items() if hasattr(cls, "load"))
+            raise RecipeError(f"data must be a source of rows, one of {', '.join(known)}, but is {self.data!r}.")
+        return found
+
+    def recipe(self, content: dict[str, Any]) -> Recipe:
+        """The recipe in a mapping that the coordinator sent, when it is known that it names no code of its own.
+
+        To make a part of the form ``package.module:Class`` is to import it, so this comes before anything is made.
+
+        Raises:
+            Refused: it names such a part and ``own_code`` is not set.
+            RecipeError: it is no recipe, or a part cannot be made.
+        """
+        try:
+            found = Recipe.model_validate(content)
+        except ValidationError:
+            return parse(content)  # raises, with what is wrong in words, before it makes a part
+        self._see_code(found)
+        return parse(content)
+
+    def check(self, recipe: Recipe, examples: int) -> None:
+        """See that the site may take part in a run.
+
+        Args:
+            recipe: what is to be run.
+            examples: the site's training rows.
+
+        Raises:
+            Refused: the policy does not allow it.
+            RecipeError: a part of the recipe cannot be made, or the method cannot run by it.
+        """
+        self._see_code(recipe)
+        self._see_model(recipe.model.name)
+        self._see_kind("tasks", self.tasks, "task", recipe.task)
+        self._see_kind("methods", self.methods, "method", recipe.method)
+        if examples < self.min_examples:
+            came = f"there are {examples} training rows"
+            raise self._refused("min_examples", f"no run with fewer than {self.min_examples} training rows", came)
+        built = recipe.built()
+        method = built["method"]
+        own = composition.composed(method, {name: built[name] for name in composition.NOTHING})
+        alone = _Alone(Member(self.name, examples))
+        plan = method.plan(Plan(alone, built["sampler"], built["training"], recipe.rounds))
+        self._see_stages(own)
+        self._see_steps(plan, recipe, examples)
+        self._see_privacy(method, own, plan)
+
+    def release(self, update: Update) -> None:
+        """See that an update may leave the site.
+
+        What is seen of it:
+
+        - Each tensor's name matches ``tensors``. Of a marked name (``c:NAME``, ``topk:NAME``) the plain part counts.
+        - The vectors of ``topk`` and ``qsgd`` may leave when placeholders with allowed names stand beside them, with
+          no more values than these have: packed is only what could have left as it was.
+        - The sums by which a model is scored on held-out rows may leave without being named in ``tensors``, when the
+          update holds nothing else: ``loss``, ``tokens``, ``examples``, one number each, and ``confusion``, a square.
+        - Its metrics are numbers, and those of a report: loss, steps, examples, learning rate.
+        - Its encoded size is at most ``max_upload_bytes``.
+
+        Values are not looked at.
+
+        Raises:
+            Refused: it may not.
+        """
+        for name, value in update.metrics.items():
+            if name not in METRICS or not isinstance(value, (int, float)):
+                allowed = f"no metrics but the numbers {', '.join(sorted(METRICS))}"
+                raise Refused(f"site {self.name!r} refuses: it sends {allowed}, but the update has {_shown(name)}.")
+        scores = update.kind is Kind.KNOWLEDGE and all(_is_sum(n, t) for n, t in update.tensors.items())
+        if not scores and (strange := self._strange(update.tensors)) is not None:
+            came = f"the update has a tensor {_shown(strange)}"
+            raise self._refused("tensors", f"only {', '.join(self.tensors) or 'none'} to leave", came)
+        size = codec.size(update)
+        if size > self.max_upload_bytes:
+            came = f"the update has {size} bytes"
+            raise self._refused("max_upload_bytes", f"at most {self.max_upload_bytes} bytes to leave at once", came)
+
+    def _refused(self, key: str, allowed: str, came: str) -> Refused:
+        return Refused(
+            f"site {self.name!r} refuses: its policy's {key} allows {allowed}, but {came}. "
+            "Change the recipe, or ask the site to change its policy."
+        )
+
+    def _see_code(self, recipe: Recipe) -> None:
+        """See that no part is code of somebody's own. Makes nothing, so nothing is imported."""
+        if self.own_code:
+            return
+        for where, spec in _specs(recipe):
+            if ":" in _kind(spec):
+                came = f"the recipe's {where} is {_shown(_kind(spec))}"
+                raise self._refused("own_code", "no parts of the form package.module:Class", came)
+
+    def _see_model(self, name: str) -> None:
+        if name in self.models:
+            return
+        # What looks like a Hub id but is there as a folder would be read from it.
+        elsewhere = _HUB.fullmatch(name) and not name.endswith((".gguf", ".safetensors")) and not Path(name).exists()
+        if elsewhere and any(fnmatchcase(name, pattern) for pattern in self.models):
+            return
+        came = f"the recipe's model.name is {_shown(name)}"
+        if not elsewhere:
+            came += ", and a file or folder must be listed there word for word"
+        raise self._refused("models", f"only {', '.join(self.models)}", came)
+
+    def _see_kind(self, key: str, patterns: Sequence[str], where: str, spec: Spec) -> None:
+        kind = _kind(spec)
+        if not any(fnmatchcase(kind, pattern) for pattern in patterns):
+            raise self._refused(key, f"only {', '.join(patterns) or 'none'}", f"the recipe's {where} is {_shown(kind)}")
+
+    def _see_stages(self, own: Mapping[str, Any]) -> None:
+        there = {parts.describe(stage)["kind"] for stage in own["stages"]}
+        if missing := [kind for kind in self.require_stages if kind not in there]:
+            wanted = f"only recipes with the stages {', '.join(self.require_stages)}"
+            raise self._refused("require_stages", wanted, f"the recipe has no stage {missing[0]!r}")
+
+    def _see_steps(self, plan: Plan, recipe: Recipe, examples: int) -> None:
+        if not self.max_steps:
+            return
+        try:
+            # A profile is drawn from the recipe's values, so the largest of them may be this client's.
+            factor = max(recipe.profiles.get("work", (1.0,)))
+            steps = float(max(1, round(plan.training.steps(examples) * factor)))
+        except (OverflowError, ValueError):
+            steps = math.inf
+        if steps > self.max_steps:
+            came = f"the recipe's training takes {steps:.9g} steps with {examples} training rows"
+            raise self._refused("max_steps", f"at most {self.max_steps} optimizer steps of one task", came)
+
+    def _see_privacy(self, method: Method, own: Mapping[str, Any], plan: Plan) -> None:
+        """See that a stage keeps what training sends within the budget.
+
+        Of ``gaussian`` the guarantee is the coordinator's, who adds the noise and draws who takes part; of
+        ``local-gaussian`` it is the site's own. Both suppose that who wants to know of the rows cannot draw the same
+        noise again. Scores of held-out rows pass no stage and are not counted.
+        """
+        if self.max_epsilon is None:
+            return
+        allowed = f"an epsilon of at most {self.max_epsilon:g} at a delta of at most {self.max_delta:g}"
+        why, least = "no stage of the recipe gives such a guarantee", math.inf
+        try:
+            traits.check(method, own["stages"])
+            for stage in own["stages"]:
+                if isinstance(stage, (Gaussian, LocalGaussian)) and stage.delta <= self.max_delta:
+                    least = min(least, _epsilon(stage, method, own, plan))
+                    why = f"the recipe spends {least:.4g} in {plan.rounds} rounds"
+                    if math.isinf(least):
+                        why = "for this method and schedule none can be worked out"
+        except RecipeError as error:
+            why, least = f"none can be worked out ({str(error).rstrip('.')})", math.inf
+        if not least <= self.max_epsilon:
+            raise self._refused("max_epsilon", allowed, why)
+
+    def _strange(self, tensors: Tensors) -> str | None:
+        """The first name that may not leave."""
+        patterns = tuple(self.tensors)
+        room: dict[str, int] = {}
+
+        def known(plain: str) -> bool:
+            """Whether a placeholder stands for what may leave, or for what was packed before."""
+            return PACKED[plain] in room if plain in PACKED else trees.matches(plain, patterns)
+
+        # In this order, as qsgd packs the values of topk, and never the other way round.
+        for mark in ("topk", "qsgd"):
+            stand = {n: t for n, t in tensors.items() if n.startswith(f"{mark}:") and _is_placeholder(t)}
+            room[mark] = sum(_count(name, tensor) for name, tensor in stand.items() if known(_plain(name)))
+        # Packed vectors come last, so that the name of what they hold is given where that is what may not leave.
+        for name in sorted(tensors, key=lambda name: _plain(name) in PACKED):
+            plain = _plain(name)
+            if plain in PACKED:
+                # Only qsgd packs what was packed before.
+                fits = name in (plain, f"qsgd:{plain}") and _count(name, tensors[name]) <= room[PACKED[plain]]
+            else:
+                fits = trees.matches(plain, patterns)
+            if not fits:
+                return name
+        return None
+
+
+def read(path: Path) -> Policy:
+    """The policy in a YAML file.
+
+    Raises:
+        RecipeError: no such file, no YAML, an unknown key or a wrong value.
+    """
+    try:
+        content = loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise RecipeError(f"there is no policy {path}. Make it: fedfm deploy init; or restore it.") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise RecipeError(f"cannot read the policy {path}: {error}.") from error
+    except yaml.YAMLError as error:
+        raise RecipeError(f"the policy {path} is not YAML: {' '.join(str(error).split())}.") from error
+    if not isinstance(content, dict):
+        raise RecipeError(f"the policy {path} must be a mapping of keys, such as name: and models:.")
+    try:
+        found = Policy.model_validate(content)
+        found.source()
+    except ValidationError as error:
+        raise RecipeError(f"the policy {path}: {unknown(error, Policy) or parts.explain(error, '')}") from None
+    except RecipeError as error:
+        raise RecipeError(f"the policy {path}: {error}") from None
+    return found
+
+
+@dataclass(frozen=True)
+class _Alone:
+    """This site as the only member, for methods that change the plan of a run.
+
+    Plans that gather the work of several rounds give one client alone the most of it.
+
+    Args:
+        own: the site's client.
+    """
+
+    own: Member
+
+    @property
+    def ids(self) -> list[str]:
+        return [self.own.id]
+
+    def member(self, id: str) -> Member:
+        return self.own
+
+    def rows(self, id: str, split: str) -> Sequence[Mapping[str, Any]]:
+        return ()
+
+    def pooled(self) -> Members:
+        return self
+
+
+def _epsilon(stage: Gaussian | LocalGaussian, method: Method, own: Mapping[str, Any], plan: Plan) -> float:
+    """The most that a run spends at the stage's own delta, whatever the number of clients; infinite if not known."""
+    # Other schedules ask a client more than once before they act.
+    if not (own["schedule"] is None or isinstance(own["schedule"], Synchronous)) or Trait.ONE_ASK not in method.traits:
+        return math.inf
+    if isinstance(stage, LocalGaussian):
+        return stage.epsilon(Setting(own["stages"], plan.sampler, 1), plan.rounds)
+    sampler = plan.sampler
+    if isinstance(sampler, Uniform) and (sampler.count or sampler.fraction < 1):
+        # What a fixed sample gains depends on how many clients there are, which a site cannot see. So nothing is
+        # gained here, and replacing one client by another changes the sum by twice the bound.
+        spent = accountant.gaussian(stage.noise_multiplier / 2, plan.rounds, stage.delta)
+    else:
+        spent = stage.epsilon(sampler, 1, plan.rounds)  # of everybody and of Poisson it is the same for any number
+    # The run stops at its budget, by the account of its first such stage.
+    noisy = [s for s in own["stages"] if isinstance(s, Gaussian)]
+    budget = max(s.max_epsilon for s in noisy)
+    return min(spent, budget) if budget and stage is noisy[0] else spent
+
+
+def _specs(recipe: Recipe) -> Iterator[tuple[str, Spec]]:
+    """All parts that a recipe names, with the key."""
+    for key in _SINGLE:
+        if spec := getattr(recipe, key):
+            yield key, spec
+    for key in _SEVERAL:
+        yield from ((f"{key}.{position}", spec) for position, spec in enumerate(getattr(recipe, key)))
+    yield "data.source", recipe.data.source
+    yield "data.partition", recipe.data.partition
+
+
+def _kind(spec: Spec) -> str:
+    return spec if isinstance(spec, str) else str(spec.get("kind", ""))
+
+
+def _plain(name: str) -> str:
+    """A tensor's name without marks."""
+    return name.rpartition(":")[2]
+
+
+def _is_sum(name: str, tensor: torch.Tensor) -> bool:
+    """Whether it is one of the sums by which a model is scored."""
+    square = tensor.dim() == 2 and tensor.shape[0] == tensor.shape[1]
+    return square if name == CONFUSION else name in SUMS and tensor.numel() == 1
+
+
+def _is_placeholder(tensor: torch.Tensor) -> bool:
+    """Whether it has the form of :func:`fedfm.wire.packing.placeholders`."""
+    return tensor.dim() > 0 and tensor.shape[0] == 0
+
+
+def _count(name: str, tensor: torch.Tensor) -> int:
+    """Scalars in the tensor, or in that for which a placeholder stands."""
+    return math.prod(tensor.shape[1:]) if ":" in name and _is_placeholder(tensor) else tensor.numel()
+
+
+def _shown(value: str) -> str:
+    """What came, no longer than a line."""
+    return f"{value!r:.100}"

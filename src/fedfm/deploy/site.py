@@ -1,0 +1,240 @@
+"""The site process: the only place where an organisation's rows and private state are.
+
+It listens on a Unix socket, holds model and rows in memory from task to task, and does a task only when it is signed by
+the coordinator, newer than all before it, and within the site's policy. What it sends back is signed by the site.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import re
+from collections.abc import Mapping
+from contextlib import chdir
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+from datasets import ClassLabel
+
+from fedfm.core.plan import Members
+from fedfm.core.update import Member
+from fedfm.data.gather import from_datasets
+from fedfm.data.population import Population
+from fedfm.data.splits import Splits
+from fedfm.deploy import keys, policy
+from fedfm.deploy.logs import log
+from fedfm.deploy.seal import COORDINATOR, Seal
+from fedfm.errors import BadUpdate, DataError, FedfmError, RecipeError, StoreError
+from fedfm.experiment import loading
+from fedfm.federation import Federation
+from fedfm.links.node import Node, refusal
+from fedfm.links.tickets import digest, ticket
+from fedfm.links.worker import Worker
+from fedfm.recipe import Recipe
+from fedfm.store.clients import ClientStore
+from fedfm.store.files import write_bytes, writing
+from fedfm.store.plain_yaml import loads
+from fedfm.wire import codec
+
+_RUN = re.compile(r"[0-9a-f]{32}")
+
+
+@dataclass(frozen=True)
+class Alone:
+    """The site's own client among others of whom it knows nothing but their number.
+
+    Args:
+        own: its rows.
+        count: clients in all.
+    """
+
+    own: Population
+    count: int
+
+    @property
+    def ids(self) -> list[str]:
+        return [*self.own.ids, *(f"other {n}" for n in range(1, self.count))]
+
+    def member(self, id: str) -> Member:
+        return self.own.member(id) if id in self.own.ids else Member(id, 1)
+
+    def rows(self, id: str, split: str) -> Any:
+        return self.own.rows(id, split)
+
+    def pooled(self) -> Members:
+        raise DataError("other clients' rows are on their own machines; nobody can pool them")
+
+
+class Site:
+    """One organisation.
+
+    Args:
+        folder: with ``policy.yaml``, keys, and ``state``, which the site writes.
+
+    Raises:
+        FedfmError: policy, keys or rows cannot be used, or another process serves this site.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder.resolve()
+        self.policy = policy.read(folder / "policy.yaml")
+        others = {COORDINATOR: keys.public(folder / "coordinator.pub")}
+        self.seal = Seal(keys.private(folder / "signing.key"), others)
+        self.state = self.folder / "state"
+        with writing(self.state):
+            self.state.mkdir(mode=0o700, exist_ok=True)
+        self._lock = self._acquire()
+        self._last = self._read_last()
+        self._rounds = 0
+        self._node: tuple[tuple[Any, ...], Node] | None = None
+
+    @property
+    def socket(self) -> Path:
+        """Where it listens."""
+        return self.folder / "site.sock"
+
+    def answer(self, header: dict[str, Any], body: bytes) -> tuple[dict[str, Any], bytes]:
+        """What to send back to a question; what cannot be done is said, and signed, too.
+
+        Args:
+            header: ``kind`` (``hello``, ``task`` or ``settle``), ``settings`` and ``signature`` in hexadecimal.
+            body: the message as safetensors.
+
+        Returns:
+            ``settings`` and ``signature``, and the update's bytes, if there are any.
+        """
+        try:
+            kind, settings = str(header["kind"]), dict(header["settings"])
+            signature = bytes.fromhex(header["signature"])
+        except (KeyError, TypeError, ValueError) as error:
+            return {"settings": refusal(f"the message is not one of fedfm: {error!r}"), "signature": ""}, b""
+        about = {name: settings.get(name) for name in ("run", "round", "phase")} | {
+            "site": self.policy.name,
+            "kind": kind,
+        }
+        try:
+            self.seal.verify(COORDINATOR, signature, kind, settings, digest(body))
+            self._see_newer(settings)
+            given, up = self._do(kind, settings, body)
+        except Exception as error:
+            # The site goes on. Its log has all; abroad goes no word that could come from a row.
+            log.exception("not answered", extra={"about": about})
+            told = isinstance(error, FedfmError) and not isinstance(error, DataError)
+            why = str(error) if told else f"{type(error).__name__} at the site, whose log says more"
+            given, up = refusal(why), None
+        log.info("answered", extra={"about": about | {"bytes": len(up or b""), "reason": given.get("reason", "")}})
+        sealed = self.seal.sign("reply", given, digest(up), signature)
+        return {"settings": given, "signature": sealed.hex(), "up": up is not None}, up or b""
+
+    def _do(self, kind: str, settings: Mapping[str, Any], body: bytes) -> tuple[dict[str, Any], bytes | None]:
+        node = self._ready(settings)
+        if kind == "hello":
+            return {"client": node.member.id, "examples": node.member.examples, **node.member.profile}, None
+        if kind == "settle":
+            node.settle(ticket(settings["accepted"]))
+            return {}, None
+        if kind != "task":
+            raise BadUpdate(f"there is no message of the kind {kind!r}")
+        if type(settings["round"]) is not int or not 0 <= settings["round"] <= self._rounds:
+            raise BadUpdate(f"round {settings['round']} is beyond the {self._rounds} of the recipe")
+        given, up = node.task(settings, body)
+        if up is not None:
+            self.policy.release(codec.decode(up, node.member.id))
+        return given, up
+
+    def _ready(self, settings: Mapping[str, Any]) -> Node:
+        """The node of a run, made when the run or its recipe is new."""
+        run, text, count = str(settings["run"]), str(settings["recipe"]), int(settings["members"])
+        if not _RUN.fullmatch(run):
+            raise BadUpdate(f"a run is named by 32 hexadecimal digits, not {run!r}")
+        key = run, digest(text.encode()), count
+        if self._node is None or self._node[0] != key:
+            self._node = None  # Its model goes before the next one comes.
+            self._node = key, self._made(run, text, count, list(settings["labels"]))
+        return self._node[1]
+
+    def _made(self, run: str, text: str, count: int, labels: list[str]) -> Node:
+        recipe = self._recipe(text)
+        self._rounds = recipe.rounds
+        people = self._population(recipe, labels)
+        name = self.policy.name
+        self.policy.check(recipe, people.member(name).examples)
+        built = recipe.built()
+        task = built["task"]
+        task.require(people.dataset.column_names)
+        model = loading(recipe, task, labels or None)
+        federation = Federation(recipe.model.name, members=Alone(people, count), load=model, **built)
+        place = self.state / run
+        worker = Worker(
+            federation.method,
+            federation.trainer,
+            ClientStore(place / "private"),
+            # The coordinator knows the recipe's seed, and could take away noise that was drawn from it.
+            secret=keys.secret(self.state / "secret"),
+            **federation.shared,
+        )
+        return Node(federation.plan.members.member(name), worker, ClientStore(place / "pending"), tell=_discreet)
+
+    def _recipe(self, text: str) -> Recipe:
+        """The recipe that the coordinator sent; it is not trusted."""
+        try:
+            content = loads(text)
+        except yaml.YAMLError as error:
+            raise RecipeError(f"the coordinator's recipe is not YAML: {' '.join(str(error).split())}") from error
+        if not isinstance(content, dict):
+            raise RecipeError("the coordinator's recipe is no mapping of keys")
+        return self.policy.recipe(content)
+
+    def _population(self, recipe: Recipe, labels: list[str]) -> Population:
+        """The site's rows as one client."""
+        with chdir(self.folder):  # Paths in the policy are relative to it.
+            rows = self.policy.source().load()
+        if labels:
+            rows = _numbered(rows, labels)
+        return from_datasets({self.policy.name: rows}, Splits(**recipe.data.splits.model_dump()), recipe.seed)
+
+    def _see_newer(self, settings: Mapping[str, Any]) -> None:
+        """Refuse a message that is not newer than all before it, and remember it."""
+        sent = settings.get("sent")
+        if not isinstance(sent, int) or sent <= self._last:
+            raise BadUpdate(f"a message numbered {sent!r} came after {self._last}: it is repeated, or out of order")
+        write_bytes(self.state / "last", str(sent).encode())
+        self._last = sent
+
+    def _read_last(self) -> int:
+        place = self.state / "last"
+        try:
+            return int(place.read_text()) if place.exists() else 0
+        except ValueError as error:
+            raise StoreError(f"{place} is damaged: {error}. Restore it from a backup.") from error
+
+    def _acquire(self) -> Any:
+        lock = (self.state / ".lock").open("w")
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            lock.close()
+            raise StoreError(f"another process serves {self.folder}. Stop it first.") from error
+        return lock
+
+
+def _discreet(reason: str) -> str:
+    """What goes abroad of the reason why a task failed: the reason itself is for the log, as it may speak of rows."""
+    if not reason or reason.startswith("late"):
+        return reason
+    log.error("task failed", extra={"about": {"reason": reason}})
+    return "its task failed; the site's log says why"
+
+
+def _numbered(rows: Any, labels: list[str]) -> Any:
+    """The rows with classes numbered as all sites number them."""
+    if "label" not in rows.column_names:
+        return rows
+    feature = rows.features["label"]
+    classes = isinstance(feature, ClassLabel)
+    texts = [feature.int2str(value) if classes else str(value) for value in rows["label"]]
+    if unknown := sorted(set(texts) - set(labels)):
+        raise DataError(f"label {unknown[0]!r} is not a class of this federation, which has {', '.join(labels)}.")
+    numbered = rows.remove_columns("label").add_column("label", [labels.index(text) for text in texts])
+    return numbered.cast_column("label", ClassLabel(names=labels))

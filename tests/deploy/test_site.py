@@ -1,0 +1,348 @@
+"""A coordinator and its sites, with everything but Flower between them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from safetensors.torch import load_file
+
+pytest.importorskip("flwr")
+from fedfm.deploy import keys
+from fedfm.deploy.coordinator import Coordinator
+from fedfm.deploy.site import Site
+from fedfm.errors import StoreError
+from fedfm.experiment import Experiment
+from fedfm.links.flower import MemoryGrid, Roll, apps, over
+from fedfm.recipe import Recipe
+from tests.deploy.conftest import Make
+
+Answer = tuple[dict[str, Any], bytes]
+Spoil = Callable[[str, dict[str, Any], bytes], tuple[dict[str, Any], bytes]]
+
+
+class Trial:
+    """Sites in this process, asked by the app that Flower would start for each message.
+
+    Args:
+        folder: of the federation.
+        monkeypatch: puts the sites behind their sockets.
+    """
+
+    def __init__(self, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.folder = folder
+        self.names = sorted(path.name for path in (folder / "sites").iterdir())
+        self.sites: dict[str, Site] = {}
+        self.down: Spoil = lambda site, header, body: (header, body)
+        self.up: Spoil = lambda site, header, body: (header, body)
+        monkeypatch.setattr(apps.channel, "ask", self._ask)
+        monkeypatch.setattr("fedfm.links.flower.server.PAUSE_S", 0.0)
+
+    def site(self, name: str) -> Site:
+        if name not in self.sites:
+            self.sites[name] = Site(self.folder / "sites" / name)
+        return self.sites[name]
+
+    def _ask(self, place: Path, header: dict[str, Any], body: bytes) -> Answer:
+        name = place.parent.name
+        # As through the socket: what is not JSON does not pass.
+        header, body = self.down(name, json.loads(json.dumps(header)), body)
+        header, body = self.site(name).answer(header, body)
+        return self.up(name, json.loads(json.dumps(header)), body)
+
+    def run(self, resume: bool = False) -> dict[str, Any]:
+        """A run of the coordinator."""
+        coordinator = Coordinator(self.folder / "coordinator")
+        coordinator.begin(resume)
+        guard = coordinator.guard()
+        grid = MemoryGrid(apps.client, self.names)
+        for name, context in zip(self.names, grid.contexts.values(), strict=True):
+            context.node_config["site"] = str(self.folder / "sites" / name)
+        roll = Roll(grid, guard=guard)
+        roll.wait(1, patience_s=3)
+        return coordinator.run(roll, over(grid, roll, guard), resume)
+
+    @property
+    def records(self) -> list[dict[str, Any]]:
+        lines = (self.folder / "coordinator" / "run" / "metrics.jsonl").read_text().splitlines()
+        return [json.loads(line) for line in lines]
+
+    @property
+    def audit(self) -> list[dict[str, Any]]:
+        lines = (self.folder / "coordinator" / "audit.jsonl").read_text().splitlines()
+        return [json.loads(line) for line in lines]
+
+
+@pytest.fixture
+def trial(folder: Make, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Trial]:
+    return lambda **changes: Trial(folder(**changes), monkeypatch)
+
+
+def at_home(recipe: Recipe, count: int, tmp_path: Path) -> Path:
+    """The run folder of the same clients in one process."""
+    data = recipe.data.model_copy(update={"max_clients": count})
+    place = tmp_path / "home"
+    Experiment(recipe.model_copy(update={"data": data, "output_dir": str(place)})).run(observers=lambda folder: ())
+    return place
+
+
+def found(place: Path) -> Any:
+    """What a run folder holds of numbers: weights bit for bit, losses and scores of all rounds."""
+    lines = [json.loads(line) for line in (place / "metrics.jsonl").read_text().splitlines()]
+    scores = [(line["round"], line.get("train_loss"), line["validation"], line.get("dropped")) for line in lines]
+    files = sorted((place / "final").glob("*.safetensors")) if (place / "final").exists() else []
+    weights = [(n, t.tolist()) for file in files for n, t in sorted(load_file(file).items())]
+    return scores, weights
+
+
+@pytest.mark.parametrize(
+    ("method", "changes"),
+    [
+        ("fedit", {}),
+        ("feddyn", {}),  # clients keep a gradient
+        ("fedsa-lora", {}),  # clients keep factors
+        ("flora-stacking", {"profiles": {"rank": [1, 2]}}),
+        ("fedkseed", {"space": "full"}),  # seeds and scalars travel
+    ],
+)
+def test_sites_come_to_the_weights_of_one_process(
+    trial: Callable[..., Trial], recipe: Callable[..., Recipe], tmp_path: Path, method: str, changes: dict[str, Any]
+) -> None:
+    there = trial(sites=3, method=method, **changes)
+    results = there.run()
+    assert results["status"] == "completed"
+    assert found(there.folder / "coordinator" / "run") == found(at_home(recipe(method=method, **changes), 3, tmp_path))
+    assert {"joined", "received", "admitted"} == {line["verdict"] for line in there.audit}
+
+
+def test_a_resumed_run_is_the_uninterrupted_one(
+    trial: Callable[..., Trial], recipe: Callable[..., Recipe], tmp_path: Path
+) -> None:
+    there = trial(sites=2, method="feddyn", rounds=3)
+    first = there.names[0]
+
+    def die(site: str, header: dict[str, Any], body: bytes) -> Answer:
+        if header["settings"].get("round") == 3 and site == first:
+            raise KeyboardInterrupt
+        return header, body
+
+    there.down = die
+    with pytest.raises(KeyboardInterrupt):
+        there.run()
+    there.down = lambda site, header, body: (header, body)
+    there.sites.clear()  # Site processes start again, too: what they keep is on disk.
+    there.run(resume=True)
+    home = at_home(recipe(method="feddyn", rounds=3), 2, tmp_path)
+    assert found(there.folder / "coordinator" / "run") == found(home)
+
+
+def changed(header: dict[str, Any], **settings: Any) -> dict[str, Any]:
+    return {**header, "settings": {**header["settings"], **settings}}
+
+
+@pytest.mark.parametrize(
+    ("where", "spoil", "words"),
+    [
+        ("down", lambda h, b: (changed(h, round=7), b), "signature is not that of 'the coordinator'"),
+        ("down", lambda h, b: (h, b[:-1] + bytes([b[-1] ^ 1])), "signature is not that of 'the coordinator'"),
+        ("down", lambda h, b: ({**h, "signature": ""}, b), "signature is not that of"),
+        ("down", lambda h, b: ({**h, "kind": "settle"}, b), "signature is not that of 'the coordinator'"),
+        ("up", lambda h, b: (changed(h, steps=1000), b), "signature is not that of"),
+        ("up", lambda h, b: (h, b[:-1] + bytes([b[-1] ^ 1])), "signature is not that of"),
+        ("up", lambda h, b: ({**h, "signature": "00" * 64}, b), "signature is not that of"),
+        ("up", lambda h, b: ({**h, "up": False}, b), "signature is not that of"),
+    ],
+    ids=["round", "tensors", "unsigned", "kind", "steps", "update", "forged", "dropped bytes"],
+)
+def test_what_is_changed_on_the_way_is_refused_and_named(
+    trial: Callable[..., Trial], where: str, spoil: Callable[[dict[str, Any], bytes], Answer], words: str
+) -> None:
+    there = trial(sites=2, rounds=1, evaluation={"every": 0})
+    victim = there.names[0]
+
+    def on_the_way(site: str, header: dict[str, Any], body: bytes) -> Answer:
+        training = header["settings"].get("phase") == "local" or header["settings"].get("steps")
+        return spoil(header, body) if site == victim and training else (header, body)
+
+    setattr(there, where, on_the_way)
+    there.run()
+    [dropped] = there.records[1]["dropped"]
+    assert dropped["client"] == victim
+    assert words in dropped["reason"]
+    assert list(there.records[1]["participants"]) == there.names[1:]
+    [refused] = [line for line in there.audit if line["verdict"] == "refused" and line["phase"] == "local"]
+    assert (refused["client"], refused["reason"]) == (victim, dropped["reason"])
+
+
+def test_a_repeated_task_is_refused_by_the_site(trial: Callable[..., Trial]) -> None:
+    there = trial(sites=1, rounds=1, evaluation={"every": 0})
+    seen: list[Answer] = []
+
+    def spy(site: str, header: dict[str, Any], body: bytes) -> Answer:
+        seen.append((header, body))
+        return header, body
+
+    there.down = spy
+    there.run()
+    site = there.site(there.names[0])
+    before = {p: p.read_bytes() for p in site.state.rglob("*.safetensors")}
+    for header, body in seen:
+        answer, up = site.answer(header, body)
+        assert "repeated" in answer["settings"]["reason"]
+        assert not up
+    assert before == {p: p.read_bytes() for p in site.state.rglob("*.safetensors")}
+    # Nor after the process was started anew.
+    site._lock.close()
+    again = Site(site.folder)
+    assert "repeated" in again.answer(*seen[-1])[0]["settings"]["reason"]
+
+
+def test_a_reply_of_another_task_or_site_is_refused(trial: Callable[..., Trial]) -> None:
+    there = trial(sites=2, rounds=2, evaluation={"every": 0})
+    first, second = there.names
+    held: dict[str, Answer] = {}
+
+    def swap(site: str, header: dict[str, Any], body: bytes) -> Answer:
+        if not header.get("up"):
+            return header, body
+        if site == first and "stale" in held:
+            return held["stale"]
+        held.setdefault("stale", (header, body)) if site == first else None
+        if site == first:
+            held["foreign"] = header, body
+        return held["foreign"] if site == second else (header, body)
+
+    there.up = swap
+    there.run()
+    reasons = [{d["client"]: d["reason"] for d in record["dropped"]} for record in there.records[1:]]
+    assert f"not that of {second!r}" in reasons[0][second]
+    assert first not in reasons[0]
+    assert f"not that of {first!r}" in reasons[1][first]
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"methods": ["ditto"]}, "method"),
+        ({"tasks": ["classify"]}, "task"),
+        ({"models": ["another"]}, "model"),
+        ({"min_examples": 1000}, "min_examples"),
+        ({"max_steps": 1}, "max_steps"),
+        ({"require_stages": ["clip"]}, "clip"),
+        ({"max_epsilon": 3.0}, "epsilon"),
+    ],
+)
+def test_a_site_whose_policy_forbids_the_run_takes_no_part(
+    trial: Callable[..., Trial], changes: dict[str, Any], words: str
+) -> None:
+    there = trial(sites=2, rounds=1, evaluation={"every": 0})
+    strict = there.names[0]
+    place = there.folder / "sites" / strict / "policy.yaml"
+    place.write_text(yaml.safe_dump({**yaml.safe_load(place.read_text()), **changes}))
+    with pytest.warns(UserWarning, match="takes no part"):
+        there.run()
+    assert list(there.records[1]["participants"]) == there.names[1:]
+    [refused] = [line for line in there.audit if line["verdict"] == "refused"]
+    assert words in refused["reason"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"), [({"tensors": ["*.lora_B.*"]}, "lora_A"), ({"max_upload_bytes": 1000}, "max_upload_bytes")]
+)
+def test_nothing_leaves_a_site_that_its_policy_keeps(
+    trial: Callable[..., Trial], changes: dict[str, Any], words: str
+) -> None:
+    there = trial(sites=2, rounds=1, evaluation={"every": 0})
+    strict = there.names[0]
+    place = there.folder / "sites" / strict / "policy.yaml"
+    place.write_text(yaml.safe_dump({**yaml.safe_load(place.read_text()), **changes}))
+    left: dict[str, int] = {}
+
+    def spy(site: str, header: dict[str, Any], body: bytes) -> Answer:
+        left[site] = max(left.get(site, 0), len(body))
+        return header, body
+
+    there.up = spy
+    there.run()
+    [dropped] = there.records[1]["dropped"]
+    assert dropped["client"] == strict
+    assert words in dropped["reason"]
+    # The sums by which a model is scored are a few hundred bytes.
+    assert left[strict] < 500 < 2000 < left[there.names[1]]
+
+
+def test_what_goes_wrong_with_rows_is_told_at_home_only(
+    trial: Callable[..., Trial], caplog: pytest.LogCaptureFixture
+) -> None:
+    there = trial(sites=2, rounds=1, evaluation={"every": 0})
+    broken = there.names[0]
+    (there.folder / "sites" / broken / "rows.jsonl").write_text('{"secret diagnosis": 1}\n')
+    with pytest.warns(UserWarning, match="takes no part"):
+        there.run()
+    [refused] = [line for line in there.audit if line["verdict"] == "refused"]
+    assert refused["reason"].endswith("DataError at the site, whose log says more")
+    assert "secret" not in json.dumps(there.audit)
+    assert "secret diagnosis" in caplog.text
+
+
+def test_a_key_that_the_coordinator_does_not_know_is_refused(trial: Callable[..., Trial]) -> None:
+    there = trial(sites=2, rounds=1, evaluation={"every": 0})
+    stranger = there.names[0]
+    for name in ("signing.key", "signing.pub"):
+        (there.folder / "sites" / stranger / name).unlink()
+    keys.signing_keys(there.folder / "sites" / stranger)
+    with pytest.warns(UserWarning, match="takes no part"):
+        there.run()
+    assert list(there.records[1]["participants"]) == there.names[1:]
+
+
+def test_a_site_that_calls_itself_another_is_refused(trial: Callable[..., Trial]) -> None:
+    there = trial(sites=2, rounds=1, evaluation={"every": 0})
+    liar, honest = there.names
+    place = there.folder / "sites" / liar / "policy.yaml"
+    place.write_text(place.read_text().replace(f"name: {liar}", f"name: {honest}"))
+    with pytest.warns(UserWarning, match="takes no part"):
+        there.run()
+    assert list(there.records[1]["participants"]) == [honest]
+
+
+def test_two_processes_cannot_serve_one_site(folder: Make) -> None:
+    place = folder(sites=1)
+    [site] = (place / "sites").iterdir()
+    first = Site(site)
+    with pytest.raises(StoreError, match="another process serves"):
+        Site(site)
+    assert first.socket.parent == site.resolve()
+
+
+def test_rows_and_private_state_of_two_runs_are_apart(trial: Callable[..., Trial]) -> None:
+    there = trial(sites=1, rounds=1, method="feddyn")
+    there.run()
+    [state] = [p for p in there.site(there.names[0]).state.iterdir() if p.is_dir()]
+    content = {p.relative_to(state): p.read_bytes() for p in state.rglob("*.safetensors")}
+    run = there.folder / "coordinator" / "run"
+    run.rename(run.with_name("before"))
+    there.run()
+    states = [p for p in there.site(there.names[0]).state.iterdir() if p.is_dir()]
+    assert len(states) == 2
+    assert content == {p.relative_to(state): p.read_bytes() for p in state.rglob("*.safetensors")}
+
+
+def test_the_messenger_needs_neither_torch_nor_transformers() -> None:
+    import subprocess
+    import sys
+
+    code = "import sys, fedfm.links.flower.apps; sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], timeout=60).returncode == 0
+
+
+def test_messages_without_the_words_of_fedfm_are_answered(folder: Make) -> None:
+    place = folder(sites=1)
+    [site] = (place / "sites").iterdir()
+    answer, up = Site(site).answer({"odd": 1}, b"")
+    assert "not one of fedfm" in answer["settings"]["reason"]
+    assert (answer["signature"], up) == ("", b"")
