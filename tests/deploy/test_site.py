@@ -346,3 +346,23 @@ def test_messages_without_the_words_of_fedfm_are_answered(folder: Make) -> None:
     answer, up = Site(site).answer({"odd": 1}, b"")
     assert "not one of fedfm" in answer["settings"]["reason"]
     assert (answer["signature"], up) == ("", b"")
+
+
+@pytest.mark.parametrize(
+    "noise", [{"kind": "local-gaussian", "std": 0.01}, {"kind": "gaussian", "noise_multiplier": 0.1}]
+)
+def test_noise_cannot_be_drawn_again_from_the_recipe(
+    trial: Callable[..., Trial], recipe: Callable[..., Recipe], tmp_path: Path, noise: dict[str, Any]
+) -> None:
+    """Whoever adds it draws it from a secret of its own: all know the recipe's seed."""
+    settings = {
+        "method": "ffa-lora",
+        "stages": [{"kind": "clip", "max_norm": 1.0}, noise],
+        "rounds": 1,
+        "evaluation": {"every": 0},
+    }
+    there = trial(sites=2, **settings)
+    there.run()
+    weights = found(there.folder / "coordinator" / "run")[1]
+    assert weights
+    assert weights != found(at_home(recipe(**settings), 2, tmp_path))[1]
