@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -56,71 +55,64 @@ def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
     return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
-def test_three_sites_over_tls_with_losses(recipe: Make, tmp_path: Path) -> None:
-    """Bit for bit the run in one process, although SuperLink, ServerApp and a site process are killed on the way."""
-    settings: dict[str, Any] = {"method": "feddyn", "rounds": 3, "evaluation": {"every": 0}}
+def test_three_sites_over_tls_with_losses_and_strangers(recipe: Make, tmp_path: Path) -> None:
+    """Bit for bit the run in one process, although SuperLink, ServerApp and a site process are killed on the way.
+
+    Meanwhile others try to get in: a SuperNode with a key that is not registered, one with another authority, and one
+    without TLS.
+    """
+    settings: dict[str, Any] = {"method": "feddyn", "rounds": 2, "evaluation": {"every": 0}}
     folder, address = tmp_path / "federation", f"127.0.0.1:{local.free_port()}"
     names = bundle.rehearsal(folder, recipe(**settings), 3, address)
     sites = folder / "sites"
-    with local.federation(folder, address, names) as running:
-        local.submit(folder, resume=False)
-        assert waited(folder, least=1) == "under way"
-        # The machine of the coordinator dies, and comes back.
-        running.kill("superlink")
-        home = local.environment(folder / "coordinator" / "flower")
-        running.start(
-            "superlink", local.superlink(folder / "coordinator", address), home, lambda: local.reachable(address)
-        )
-        # So does a site process; what it keeps is on its disk.
-        running.kill(f"site-{names[0]}")
-        local.start_site(running, sites / names[0])
-        local.submit(folder, resume=True)
-        assert waited(folder) == "finished:completed", running.said("superlink", 40)
-    assert [record["round"] for record in records(folder)] == [0, 1, 2, 3]
+    strangers = local.Processes(tmp_path / "strangers")
+    try:
+        with local.federation(folder, address, names) as running:
+            local.submit(folder, resume=False)
+            knock(strangers, tmp_path, recipe(**settings), sites / names[0], address)
+            assert waited(folder, least=1) == "under way"
+            # The machine of the coordinator dies, and comes back.
+            running.kill("superlink")
+            home = local.environment(folder / "coordinator" / "flower")
+            command = local.superlink(folder / "coordinator", address)
+            running.start("superlink", command, home, lambda: local.reachable(address))
+            # So does a site process; what it keeps is on its disk.
+            running.kill(f"site-{names[0]}")
+            local.start_site(running, sites / names[0])
+            local.submit(folder, resume=True)
+            assert waited(folder) == "finished:completed", running.said("superlink", 40)
+    finally:
+        strangers.end()
+    assert [record["round"] for record in records(folder)] == [0, 1, 2]
     assert all(sorted(record["participants"]) == names for record in records(folder)[1:])
     assert same(weights(folder / "coordinator" / "run"), at_home(recipe(**settings), 3, tmp_path / "home"))
     audit = [json.loads(line) for line in (folder / "coordinator" / "audit.jsonl").read_text().splitlines()]
     assert {line["verdict"] for line in audit} >= {"joined", "received", "admitted"}
-    said = "".join(path.read_text(errors="replace") for path in (folder / "logs").iterdir())
+    assert len({line["node"] for line in audit if line["verdict"] == "joined"}) == 3
+    said = {path.stem: path.read_text(errors="replace") for path in (folder / "logs").iterdir()}
+    assert all("SuperNode ID" in said[f"node-{name}"] for name in names)
+    tried = [path.read_text(errors="replace") for path in strangers.logs.iterdir()]
+    assert len(tried) == 3
+    assert not any("SuperNode ID" in text for text in tried)
     for key in folder.rglob("*.key"):
         secret = "".join(key.read_text().splitlines()[1:-1])
-        assert secret[:40] not in said
+        assert not any(secret[:40] in text for text in said.values())
 
 
-def test_nobody_else_gets_in(recipe: Make, tmp_path: Path) -> None:
-    """A SuperNode with a key that is not registered, one with another authority, one without TLS."""
-    folder, address = tmp_path / "federation", f"127.0.0.1:{local.free_port()}"
-    [name] = bundle.rehearsal(folder, recipe(rounds=1), 1, address)
-    other = tmp_path / "other"
-    bundle.rehearsal(other, recipe(rounds=1), 1, address)
-    ended: dict[str, int | None] = {}
-
-    def attempt(kind: str, site: Path, *more: str) -> None:
-        command = [*local.supernode(site, address, local.free_port()), "--max-retries", "1", *more]
-        if kind == "no TLS":
-            command[command.index("--root-certificates") : command.index("--root-certificates") + 2] = ["--insecure"]
-        running.start(kind, command, local.environment(tmp_path / kind))
-        try:
-            ended[kind] = running.running[kind].wait(20)
-        except subprocess.TimeoutExpired:
-            ended[kind] = None  # It goes on trying.
-        finally:
-            running.kill(kind)
-
-    with local.federation(folder, address, [name]) as running:
-        stranger = tmp_path / "stranger"
-        stranger.mkdir()
-        (stranger / "ca.pem").write_bytes((folder / "sites" / name / "ca.pem").read_bytes())
-        (stranger / "node.key").write_bytes((other / "sites" / name / "node.key").read_bytes())
-        tries = [("unknown key", stranger), ("other authority", other / "sites" / name), ("no TLS", stranger)]
-        threads = [threading.Thread(target=attempt, args=one) for one in tries]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-        local.submit(folder, resume=False)
-        assert waited(folder) == "finished:completed"
-    assert list(records(folder)[1]["participants"]) == [name]
-    assert set(ended) == {"unknown key", "other authority", "no TLS"}
-    said = {kind: (folder / "logs" / f"{kind}.log").read_text() for kind in ended}
-    assert not any("SuperNode ID" in text for text in said.values())
+def knock(strangers: local.Processes, place: Path, recipe: Recipe, site: Path, address: str) -> None:
+    """Start the SuperNodes that must not get in."""
+    other = place / "other"
+    [name] = bundle.rehearsal(other, recipe, 1, address)
+    unknown = place / "unknown"
+    unknown.mkdir()
+    for file in ("ca.pem", "node.key"):
+        (unknown / file).write_bytes(((site if file == "ca.pem" else other / "sites" / name) / file).read_bytes())
+    plain = local.supernode(unknown, address, local.free_port())
+    at = plain.index("--root-certificates")
+    plain[at : at + 2] = ["--insecure"]
+    for kind, command in (
+        ("unknown key", local.supernode(unknown, address, local.free_port())),
+        ("other authority", local.supernode(other / "sites" / name, address, local.free_port())),
+        ("no TLS", plain),
+    ):
+        strangers.start(kind, command, local.environment(place / kind))
