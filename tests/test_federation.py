@@ -356,9 +356,10 @@ def test_wrong_compositions_are_refused_when_built(federation: Make) -> None:
 
 
 def test_another_method_gets_the_same_federation_around_it(federation: Make) -> None:
-    made = federation(FedIT(), stages=(Clip(max_norm=1e-3),), rule=Add(learning_rate=0.5))
+    made = federation(FedIT(), stages=(Clip(max_norm=1e-3),), rule=Add(learning_rate=0.5), secret=7)
     other = made.like(FedAvg())
     assert (other.stages, other.rule, other.mean, other.schedule) == (made.stages, made.rule, made.mean, made.schedule)
+    assert other.secret == 7
     assert made.like(Centralised()).stages == ()
 
 

@@ -246,6 +246,7 @@ class Federation:
             evaluation=self.evaluation,
             limits=self.limits,
             seed=self.seed,
+            secret=self.secret,
             link=self.link,
             public=self.public,
             profiles=self.profiles,

@@ -239,29 +239,27 @@ def parse(content: dict[str, Any], overrides: Sequence[str] = ()) -> Recipe:
     try:
         recipe = Recipe.model_validate(content)
     except ValidationError as error:
-        raise RecipeError(_unknown(error) or parts.explain(error, "")) from None
+        raise RecipeError(unknown(error, Recipe, "the recipe") or parts.explain(error, "")) from None
     recipe.resolved()
     return recipe
 
 
-def unknown(error: ValidationError, section: type[Section]) -> str:
-    """A sentence on the first unknown key of a section, if that is what is wrong."""
+def unknown(error: ValidationError, section: type[Section], name: str = "it") -> str:
+    """A sentence on the first unknown key, if that is what is wrong.
+
+    Args:
+        error: what pydantic found.
+        section: what was read.
+        name: what to call it.
+    """
     for problem in error.errors(include_url=False):
         if problem["type"] == "extra_forbidden":
-            key, known = str(problem["loc"][-1]), sorted(section.model_fields)
-            return f"it has no key {key!r}.{nearest(key, known)} It takes {', '.join(known)}."
-    return ""
-
-
-def _unknown(error: ValidationError) -> str:
-    """A sentence on the first unknown key, if that is what is wrong."""
-    for problem in error.errors(include_url=False):
-        if problem["type"] == "extra_forbidden":
-            *above, key = (str(p) for p in problem["loc"])
-            sections: dict[str, type[Section]] = {"model": ModelSection, "data": DataSection, "splits": SplitsSection}
-            section = sections.get(above[-1] if above else "", Recipe)
+            *above, key = map(str, problem["loc"])
+            for part in above:
+                inner = section.model_fields[part].annotation
+                section = inner if isinstance(inner, type) and issubclass(inner, Section) else section
             known = sorted(section.model_fields)
-            place = ".".join(above) or "the recipe"
+            place = ".".join(above) or name
             return f"{place} has no key {key!r}.{nearest(key, known)} It takes {', '.join(known)}."
     return ""
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -115,7 +116,8 @@ class RoundServer:
     def _alike(self, updates: list[Update]) -> Iterator[Update]:
         """The uploads with the most frequent names and shapes; of equally frequent ones, those of the first client."""
         shapes = [tuple(sorted((name, tuple(t.shape)) for name, t in u.tensors.items())) for u in updates]
-        usual = max(shapes, key=shapes.count, default=())
+        counts = Counter(shapes)
+        usual = max(counts, key=counts.__getitem__, default=())
         for update, shape in zip(updates, shapes, strict=True):
             if shape == usual:
                 yield update

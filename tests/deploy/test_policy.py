@@ -620,7 +620,7 @@ def test_what_a_policy_must_say(tmp_path: Path, key: str) -> None:
 
 def test_files_that_hold_no_policy(tmp_path: Path) -> None:
     place, marker = tmp_path / "policy.yaml", tmp_path / "ran"
-    with pytest.raises(RecipeError, match=r"there is no policy .*policy\.yaml\. Make it: fedfm deploy init"):
+    with pytest.raises(RecipeError, match=r"there is no .*policy\.yaml\. Make it: fedfm deploy init"):
         read(place)
     for text, words in (
         ("- a\n- b\n", "must be a mapping of keys"),
@@ -634,7 +634,7 @@ def test_files_that_hold_no_policy(tmp_path: Path) -> None:
             read(place)
     assert not marker.exists()
     place.write_bytes(b"name: \xff\xfe")
-    with pytest.raises(RecipeError, match="cannot read the policy"):
+    with pytest.raises(RecipeError, match="cannot read"):
         read(place)
-    with pytest.raises(RecipeError, match="cannot read the policy"):
+    with pytest.raises(RecipeError, match="cannot read"):
         read(tmp_path)

@@ -68,6 +68,7 @@ def test_three_sites_over_tls_with_losses_and_strangers(recipe: Make, tmp_path: 
     strangers = local.Processes(tmp_path / "strangers")
     try:
         with local.federation(folder, address, names) as running:
+            local.register(folder, names[0])  # again, as after a restart
             local.submit(folder, resume=False)
             knock(strangers, tmp_path, recipe(**settings), sites / names[0], address)
             assert waited(folder, least=1) == "under way"

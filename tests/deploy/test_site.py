@@ -366,3 +366,32 @@ def test_noise_cannot_be_drawn_again_from_the_recipe(
     weights = found(there.folder / "coordinator" / "run")[1]
     assert weights
     assert weights != found(at_home(recipe(**settings), 2, tmp_path))[1]
+
+
+def test_a_run_that_can_be_resumed_keeps_its_name(trial: Callable[..., Trial]) -> None:
+    """Private state of the sites lies under it."""
+    there = trial(sites=1, rounds=1, method="feddyn")
+    there.run()
+    name = (there.folder / "coordinator" / "run.id").read_text()
+    with pytest.raises(StoreError, match="--resume"):
+        there.run()
+    assert (there.folder / "coordinator" / "run.id").read_text() == name
+    there.run(resume=True)
+    assert (there.folder / "coordinator" / "run.id").read_text() == name
+
+
+def test_a_path_that_is_too_long_for_a_socket_is_said(folder: Make, tmp_path: Path) -> None:
+    [site] = (folder(sites=1) / "sites").iterdir()
+    far = tmp_path / ("x" * 100)
+    far.mkdir()
+    with pytest.raises(StoreError, match="too long for a socket"):
+        Site(site.rename(far / "site"))
+
+
+def test_reasons_in_the_audit_log_are_bounded(trial: Callable[..., Trial]) -> None:
+    there = trial(sites=1, rounds=1)
+    guard = Coordinator(there.folder / "coordinator").guard()
+    guard.note("refused", reason="two\nlines " + "x" * 10_000)
+    [line] = there.audit
+    assert line["reason"].startswith("two lines xxx")
+    assert len(line["reason"]) < 400

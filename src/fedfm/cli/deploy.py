@@ -15,7 +15,7 @@ import typer
 from rich.markup import escape
 
 from fedfm.cli.app import STOPPED, app, output, progress
-from fedfm.cli.run import Json, Set, _stoppable
+from fedfm.cli.run import Json, Set, stoppable
 from fedfm.errors import FedfmError, RecipeError
 from fedfm.recipe import read
 
@@ -126,7 +126,7 @@ def up(
         stopped = True
 
     progress.print(f"starting the coordinator at {address} and {len(names)} sites ...", style="dim", highlight=False)
-    with _stoppable(stop), processes.federation(folder, address, names) as running:
+    with stoppable(stop), processes.federation(folder, address, names) as running:
         processes.submit(folder, resume)
         ended = _watch(folder, lambda: stopped, running.check)
         if stopped:
@@ -150,7 +150,7 @@ def run(
         nonlocal left
         left = True
 
-    with _stoppable(leave):
+    with stoppable(leave):
         ended = _watch(folder, lambda: left)
     _finish(folder, ended, json_)
 

@@ -79,7 +79,7 @@ def _execute(recipe: Recipe, resume: bool, overwrite: bool, as_json: bool) -> No
     def observers(folder: Path) -> Sequence[Observer]:
         return bar, TensorBoard(folder / "tensorboard")
 
-    with _stoppable(experiment.stop):
+    with stoppable(experiment.stop):
         progress.print("loading model and data ...", style="dim")
         people, model = experiment.population, experiment.main.bench.loaded
         progress.print(
@@ -133,7 +133,7 @@ def _short(text: str, limit: int = 300) -> str:
 
 
 @contextmanager
-def _stoppable(stop: Any) -> Iterator[None]:
+def stoppable(stop: Any) -> Iterator[None]:
     """The first Ctrl-C asks for a stop; the second one interrupts."""
 
     def handle(number: int, frame: FrameType | None) -> None:

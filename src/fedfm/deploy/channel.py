@@ -28,6 +28,8 @@ from fedfm.errors import StoreError
 
 MAX_HEADER = 16 << 20
 MAX_BODY = 64 << 30
+MOST_PATH = 107
+"""Bytes of a Unix socket's path, on Linux."""
 Answer = tuple[dict[str, Any], bytes]
 
 

@@ -9,7 +9,6 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import yaml
 from pydantic import Field, ValidationError
 
 from fedfm import parts
@@ -17,7 +16,7 @@ from fedfm.core.plan import Members
 from fedfm.deploy import keys, logs
 from fedfm.deploy.guard import Guard
 from fedfm.deploy.seal import Seal
-from fedfm.errors import RecipeError
+from fedfm.errors import RecipeError, StoreError
 from fedfm.experiment import Experiment, loading
 from fedfm.federation import Federation
 from fedfm.links.link import Link
@@ -26,7 +25,7 @@ from fedfm.observe.tensorboard import TensorBoard
 from fedfm.recipe import Recipe, Section, read, unknown
 from fedfm.store.files import write_bytes, write_json
 from fedfm.store.folder import RunFolder
-from fedfm.store.plain_yaml import loads
+from fedfm.store.plain_yaml import mapping
 
 
 class Settings(Section):
@@ -59,12 +58,9 @@ class Settings(Section):
         Raises:
             RecipeError: it is absent, no YAML, or has unknown keys or wrong values.
         """
+        content = mapping(path, absent="Make the folder first: fedfm deploy init.")
         try:
-            return cls.model_validate(loads(path.read_text()))
-        except FileNotFoundError:
-            raise RecipeError(f"there is no {path}. Make the folder first: fedfm deploy init.") from None
-        except (yaml.YAMLError, UnicodeDecodeError) as error:
-            raise RecipeError(f"{path} is not YAML: {' '.join(str(error).split())}.") from error
+            return cls.model_validate(content)
         except ValidationError as error:
             raise RecipeError(f"{path}: {unknown(error, cls) or parts.explain(error, '')}") from None
 
@@ -110,8 +106,23 @@ class Coordinator:
             raise RecipeError(f"{place} must hold 32 hexadecimal digits, but holds {found!r}. Restore it.")
         return found
 
+    def check(self, resume: bool) -> None:
+        """See that a run can begin: an earlier one, and with it what sites keep for it, is never given up in passing.
+
+        Raises:
+            StoreError: there is an earlier run, and it is not to be resumed.
+        """
+        place = self.folder / "run"
+        if not resume and place.exists() and any(path.name != ".lock" for path in place.iterdir()):
+            raise StoreError(f"{place} holds an earlier run. Go on with it by --resume, or move that folder away.")
+
     def begin(self, resume: bool) -> None:
-        """Name a new run, unless an earlier one is resumed."""
+        """Name a new run, unless an earlier one is resumed.
+
+        Raises:
+            StoreError: as :meth:`check`.
+        """
+        self.check(resume)
         if not resume:
             (self.folder / "run.id").unlink(missing_ok=True)
 

@@ -11,6 +11,7 @@ from typing import Any
 
 from fedfm.deploy.seal import Seal
 from fedfm.store.files import writing
+from fedfm.wire.admit import brief
 
 
 @dataclass
@@ -50,7 +51,9 @@ class Guard:
         self.seal.verify(client, signature, "reply", settings, content, answered)
 
     def note(self, verdict: str, **what: Any) -> None:
-        """Add a line to the audit log."""
+        """Add a line to the audit log; reasons, which others may have written, are cut to a line."""
+        if "reason" in what:
+            what["reason"] = brief(what["reason"])
         line = {"time": self.now() / 1e9, "run": self.common["run"], "verdict": verdict, **what}
         with writing(self.log), self.log.open("a") as file:
             file.write(json.dumps(line, default=str) + "\n")

@@ -220,8 +220,13 @@ def flwr(folder: Path, *words: str) -> str:
 
 
 def register(folder: Path, site: str) -> None:
-    """Make a site's SuperNode known to the SuperLink."""
-    flwr(folder, "supernode", "register", str(folder / "coordinator" / "sites" / f"{site}.node.pub"), "fedfm")
+    """Make a site's SuperNode known to the SuperLink, which remembers it over restarts."""
+    key = folder / "coordinator" / "sites" / f"{site}.node.pub"
+    try:
+        flwr(folder, "supernode", "register", str(key), "fedfm")
+    except FedfmError as error:
+        if "already in use" not in str(error):
+            raise
 
 
 def submit(folder: Path, resume: bool) -> int:
@@ -236,7 +241,7 @@ def submit(folder: Path, resume: bool) -> int:
     """
     from fedfm.deploy.coordinator import Coordinator
 
-    Coordinator(folder / "coordinator").begin(resume)
+    Coordinator(folder / "coordinator").check(resume)
     words = ("run", str(folder / "app"), "fedfm", "--format", "json", "--run-config", f"resume={str(resume).lower()}")
     said = flwr(folder, *words)
     number = int(json.loads(said[said.index("{") :])["run-id"])

@@ -22,40 +22,27 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
-import torch
-import yaml
 from pydantic import Field, ValidationError, field_validator
 from pydantic_core import PydanticCustomError
 
 from fedfm import composition, parts
-from fedfm.core import traits, trees
+from fedfm.core import traits
 from fedfm.core.method import Method
 from fedfm.core.plan import Members, Plan
 from fedfm.core.traits import Trait
-from fedfm.core.update import Kind, Member, Tensors, Update
+from fedfm.core.update import Member, Update
+from fedfm.deploy import release
 from fedfm.errors import RecipeError
 from fedfm.parts import Spec
 from fedfm.privacy import accountant
 from fedfm.recipe import Recipe, Section, parse, unknown
 from fedfm.sample.uniform import Uniform
 from fedfm.schedule.synchronous import Synchronous
-from fedfm.store.plain_yaml import loads
-from fedfm.wire import codec, qsgd, topk
+from fedfm.store.plain_yaml import mapping
+from fedfm.wire import codec
 from fedfm.wire.gaussian import Gaussian
 from fedfm.wire.local_gaussian import LocalGaussian
 from fedfm.wire.stage import Setting
-
-METRICS = frozenset({"loss", "steps", "examples", "learning_rate"})
-"""Names of the metrics that may leave a site; each is one number."""
-
-SUMS = frozenset({"loss", "tokens", "examples"})
-"""Sums over held-out rows, of one number each, by which a model is scored. Classification adds ``CONFUSION``."""
-
-CONFUSION = "confusion"
-"""Examples by true and predicted class, ``[K, K]``."""
-
-PACKED = {topk.VALUES: "topk", topk.POSITIONS: "topk", qsgd.LEVELS: "qsgd", qsgd.NORMS: "qsgd"}
-"""Vectors in which encoding stages pack the values of all tensors, and the mark of the placeholders beside them."""
 
 _SINGLE = ("method", "space", "task", "sampler", "rule", "mean", "schedule")
 _SEVERAL = ("stages", "screens", "audits", "references")
@@ -183,30 +170,16 @@ class Policy(Section):
         self._see_privacy(method, own, plan)
 
     def release(self, update: Update) -> None:
-        """See that an update may leave the site.
-
-        What is seen of it:
-
-        - Each tensor's name matches ``tensors``. Of a marked name (``c:NAME``, ``topk:NAME``) the plain part counts.
-        - The vectors of ``topk`` and ``qsgd`` may leave when placeholders with allowed names stand beside them, with
-          no more values than these have: packed is only what could have left as it was.
-        - The sums by which a model is scored on held-out rows may leave without being named in ``tensors``, when the
-          update holds nothing else: ``loss``, ``tokens``, ``examples``, one number each, and ``confusion``, a square.
-        - Its metrics are numbers, and those of a report: loss, steps, examples, learning rate.
-        - Its encoded size is at most ``max_upload_bytes``.
-
-        Values are not looked at.
+        """See that an update may leave the site, as :mod:`fedfm.deploy.release` says, and is not too large.
 
         Raises:
             Refused: it may not.
         """
-        for name, value in update.metrics.items():
-            if name not in METRICS or not isinstance(value, (int, float)):
-                allowed = f"no metrics but the numbers {', '.join(sorted(METRICS))}"
-                raise Refused(f"site {self.name!r} refuses: it sends {allowed}, but the update has {_shown(name)}.")
-        scores = update.kind is Kind.KNOWLEDGE and all(_is_sum(n, t) for n, t in update.tensors.items())
-        if not scores and (strange := self._strange(update.tensors)) is not None:
-            came = f"the update has a tensor {_shown(strange)}"
+        if (name := release.strange_metric(update)) is not None:
+            allowed = f"no metrics but the numbers {', '.join(sorted(release.METRICS))}"
+            raise Refused(f"site {self.name!r} refuses: it sends {allowed}, but the update has {_shown(name)}.")
+        if not release.scores(update) and (name := release.strange_tensor(update.tensors, self.tensors)) is not None:
+            came = f"the update has a tensor {_shown(name)}"
             raise self._refused("tensors", f"only {', '.join(self.tensors) or 'none'} to leave", came)
         size = codec.size(update)
         if size > self.max_upload_bytes:
@@ -288,31 +261,6 @@ class Policy(Section):
         if not least <= self.max_epsilon:
             raise self._refused("max_epsilon", allowed, why)
 
-    def _strange(self, tensors: Tensors) -> str | None:
-        """The first name that may not leave."""
-        patterns = tuple(self.tensors)
-        room: dict[str, int] = {}
-
-        def known(plain: str) -> bool:
-            """Whether a placeholder stands for what may leave, or for what was packed before."""
-            return PACKED[plain] in room if plain in PACKED else trees.matches(plain, patterns)
-
-        # In this order, as qsgd packs the values of topk, and never the other way round.
-        for mark in ("topk", "qsgd"):
-            stand = {n: t for n, t in tensors.items() if n.startswith(f"{mark}:") and _is_placeholder(t)}
-            room[mark] = sum(_count(name, tensor) for name, tensor in stand.items() if known(_plain(name)))
-        # Packed vectors come last, so that the name of what they hold is given where that is what may not leave.
-        for name in sorted(tensors, key=lambda name: _plain(name) in PACKED):
-            plain = _plain(name)
-            if plain in PACKED:
-                # Only qsgd packs what was packed before.
-                fits = name in (plain, f"qsgd:{plain}") and _count(name, tensors[name]) <= room[PACKED[plain]]
-            else:
-                fits = trees.matches(plain, patterns)
-            if not fits:
-                return name
-        return None
-
 
 def read(path: Path) -> Policy:
     """The policy in a YAML file.
@@ -320,16 +268,7 @@ def read(path: Path) -> Policy:
     Raises:
         RecipeError: no such file, no YAML, an unknown key or a wrong value.
     """
-    try:
-        content = loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise RecipeError(f"there is no policy {path}. Make it: fedfm deploy init; or restore it.") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise RecipeError(f"cannot read the policy {path}: {error}.") from error
-    except yaml.YAMLError as error:
-        raise RecipeError(f"the policy {path} is not YAML: {' '.join(str(error).split())}.") from error
-    if not isinstance(content, dict):
-        raise RecipeError(f"the policy {path} must be a mapping of keys, such as name: and models:.")
+    content = mapping(path, absent="Make it: fedfm deploy init; or restore it.")
     try:
         found = Policy.model_validate(content)
         found.source()
@@ -399,27 +338,6 @@ def _specs(recipe: Recipe) -> Iterator[tuple[str, Spec]]:
 
 def _kind(spec: Spec) -> str:
     return spec if isinstance(spec, str) else str(spec.get("kind", ""))
-
-
-def _plain(name: str) -> str:
-    """A tensor's name without marks."""
-    return name.rpartition(":")[2]
-
-
-def _is_sum(name: str, tensor: torch.Tensor) -> bool:
-    """Whether it is one of the sums by which a model is scored."""
-    square = tensor.dim() == 2 and tensor.shape[0] == tensor.shape[1]
-    return square if name == CONFUSION else name in SUMS and tensor.numel() == 1
-
-
-def _is_placeholder(tensor: torch.Tensor) -> bool:
-    """Whether it has the form of :func:`fedfm.wire.packing.placeholders`."""
-    return tensor.dim() > 0 and tensor.shape[0] == 0
-
-
-def _count(name: str, tensor: torch.Tensor) -> int:
-    """Scalars in the tensor, or in that for which a placeholder stands."""
-    return math.prod(tensor.shape[1:]) if ":" in name and _is_placeholder(tensor) else tensor.numel()
 
 
 def _shown(value: str) -> str:

@@ -22,7 +22,7 @@ from fedfm.core.update import Member
 from fedfm.data.gather import from_datasets
 from fedfm.data.population import Population
 from fedfm.data.splits import Splits
-from fedfm.deploy import keys, policy
+from fedfm.deploy import channel, keys, policy
 from fedfm.deploy.logs import log
 from fedfm.deploy.seal import COORDINATOR, Seal
 from fedfm.errors import BadUpdate, DataError, FedfmError, RecipeError, StoreError
@@ -81,6 +81,11 @@ class Site:
         self.policy = policy.read(folder / "policy.yaml")
         others = {COORDINATOR: keys.public(folder / "coordinator.pub")}
         self.seal = Seal(keys.private(folder / "signing.key"), others)
+        if len(bytes(self.socket)) > channel.MOST_PATH:
+            raise StoreError(
+                f"{self.socket} is too long for a socket, whose path has at most {channel.MOST_PATH} bytes. Move the "
+                "site's folder."
+            )
         self.state = self.folder / "state"
         with writing(self.state):
             self.state.mkdir(mode=0o700, exist_ok=True)
@@ -221,7 +226,7 @@ class Site:
 
 def _discreet(reason: str) -> str:
     """What goes abroad of the reason why a task failed: the reason itself is for the log, as it may speak of rows."""
-    if not reason or reason.startswith("late"):
+    if not reason or reason.startswith("late:"):
         return reason
     log.error("task failed", extra={"about": {"reason": reason}})
     return "its task failed; the site's log says why"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -80,12 +81,12 @@ def assess(task: Task, updates: Iterable[Update]) -> Assessment | None:
     whose model has diverged is to be seen.
     """
     tallies = {u.member: u.tensors for u in updates if _sound(u)}
-    kinds = {name: sorted((n, tuple(t.shape)) for n, t in tally.items()) for name, tally in tallies.items()}
-    usual = max(kinds.values(), key=list(kinds.values()).count, default=[])
+    kinds = {name: tuple(sorted((n, t.shape) for n, t in tally.items())) for name, tally in tallies.items()}
+    usual = max(counts, key=counts.__getitem__) if (counts := Counter(kinds.values())) else ()
     tallies = {name: tally for name, tally in tallies.items() if kinds[name] == usual}
     if not tallies:
         return None
-    counts = {u: int(tally["examples"]) for u, tally in tallies.items()}
+    examples = {u: int(tally["examples"]) for u, tally in tallies.items()}
     clients = {name: task.metrics(tally) for name, tally in tallies.items()}
     names = next(iter(clients.values()))
     losses = sorted((m["loss"] for m in clients.values()), key=lambda x: math.inf if math.isnan(x) else x, reverse=True)
@@ -95,5 +96,5 @@ def assess(task: Task, updates: Iterable[Update]) -> Assessment | None:
         mean={n: sum(m[n] for m in clients.values()) / len(clients) for n in names},
         worst_decile=sum(worst) / len(worst),
         clients=clients,
-        examples=counts,
+        examples=examples,
     )

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from itertools import accumulate
+from pathlib import Path
 from typing import Any
 
 import yaml
+
+from fedfm.errors import RecipeError
 
 MOST_CHARACTERS = 1 << 20
 MOST_DEPTH = 100
@@ -35,6 +38,29 @@ def loads(text: str) -> Any:
         raise yaml.YAMLError(f"it holds a value that cannot be read: {error!r:.200}") from error
     finally:
         loader.dispose()
+
+
+def mapping(path: Path, absent: str) -> dict[str, Any]:
+    """The mapping in a YAML file.
+
+    Args:
+        path: the file.
+        absent: what to do when there is none.
+
+    Raises:
+        RecipeError: there is none, or it holds something else.
+    """
+    try:
+        content = loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise RecipeError(f"there is no {path}. {absent}") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise RecipeError(f"cannot read {path}: {error}.") from error
+    except yaml.YAMLError as error:
+        raise RecipeError(f"{path} is not YAML: {' '.join(str(error).split())}.") from error
+    if not isinstance(content, dict):
+        raise RecipeError(f"{path} must be a mapping of keys, but holds {type(content).__name__}.")
+    return content
 
 
 def _depth(text: str) -> int:

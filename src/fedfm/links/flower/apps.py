@@ -68,7 +68,9 @@ def _main(grid: Grid, context: Context) -> None:
     from fedfm.links.flower.server import Roll, over
 
     coordinator = Coordinator(Path(str(context.run_config["coordinator"])))
+    resume = bool(context.run_config["resume"])
+    coordinator.begin(resume)
     guard = coordinator.guard()
     roll = Roll(grid, guard=guard)
     roll.wait(coordinator.least, coordinator.settings.patience_s)
-    coordinator.run(roll, over(grid, roll, guard), resume=bool(context.run_config["resume"]))
+    coordinator.run(roll, over(grid, roll, guard), resume)
