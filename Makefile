@@ -4,7 +4,7 @@ PYTHON ?= python3
 PIP := $(VENV)/bin/pip --disable-pip-version-check
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test bench-speed fidelity clean
+.PHONY: demo test test-federation bench-speed fidelity clean
 
 # Federated tuning of a real language model on real dialogues; see recipes/demo.yaml.
 demo: $(STAMP)-demo
@@ -16,6 +16,10 @@ test: $(STAMP)-test
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
 	HF_HUB_OFFLINE=1 $(VENV)/bin/pytest
+
+# Faults in federations of real processes: kills, broken wires, hung sites, full disks. A quarter of an hour.
+test-federation: $(STAMP)-test
+	HF_HUB_OFFLINE=1 $(VENV)/bin/pytest -m faults tests/deploy
 
 # fedfm beside a plain PyTorch loop, TRL, pfl, Flower and NVFlare, then the engine by itself; ratios, into docs/speed.md.
 # Peers are installed into environments of their own. All of it takes hours; one part: make bench-speed SPEED=fused

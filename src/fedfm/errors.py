@@ -10,6 +10,7 @@ FedfmError
 │   └── LateClient         it did not finish before its deadline
 ├── BadUpdate              what a client sent cannot be accepted
 ├── NoUpdates              a round in which nobody's update could be used
+│   └── TooFewUpdates      a round in which fewer could be used than it needs
 └── Stopped                the user asked the run to stop
 
 The command line prints the message of any of these on one line and exits non-zero; anything else is a defect of
@@ -89,6 +90,10 @@ class BadUpdate(FedfmError):
 
 class NoUpdates(FedfmError):
     """Nobody's update could be used in this round."""
+
+
+class TooFewUpdates(NoUpdates):
+    """Fewer updates could be used than a round needs, so it does not count; not even noise is released."""
 
 
 class Stopped(FedfmError):

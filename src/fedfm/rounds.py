@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from fedfm.core import seeds, trees
 from fedfm.core.method import State
-from fedfm.errors import FedfmError, NoUpdates, RecipeError, Stopped
+from fedfm.errors import FedfmError, NoUpdates, RecipeError, Stopped, TooFewUpdates
 from fedfm.links.link import Link
 from fedfm.observe.observer import Observer
 from fedfm.server import RoundServer
@@ -94,6 +94,7 @@ class Rounds:
                     extra = {"identity": identity, "idle": self.idle, "schedule": self.memory}
                     folder.checkpoints.write(number, state, extra)
                     folder.clients.commit(number)
+            link.close()
             status = "completed"
         except Stopped:
             pass
@@ -140,7 +141,7 @@ class Rounds:
             if self.idle >= PATIENCE:
                 first = server.dropped[0] if server.dropped else {"client": "nobody", "reason": str(error)}
                 raise FedfmError(
-                    f"every client was dropped in {self.idle} rounds in a row; in round {number}, "
+                    f"{_why(error)} in {self.idle} rounds in a row; in round {number}, "
                     f"{first['client']!r}: {first['reason']}"
                 ) from error
         for audit in federation.audits:
@@ -182,6 +183,10 @@ def peak_memory_mb() -> int:
     """Largest resident memory of this process so far, in MB."""
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return round(peak * (1 if sys.platform == "darwin" else 1024) / 1e6)
+
+
+def _why(error: NoUpdates) -> str:
+    return "too few updates could be used" if isinstance(error, TooFewUpdates) else "every client was dropped"
 
 
 def _same(before: Mapping[str, str], now: Mapping[str, str]) -> None:

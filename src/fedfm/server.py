@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
@@ -17,8 +17,8 @@ from fedfm.core.method import Mean, Rule
 from fedfm.core.space import Layout
 from fedfm.core.traits import Trait
 from fedfm.core.update import Member, Tensors, Update
-from fedfm.errors import BadUpdate, NoUpdates
-from fedfm.links.link import Link, Reply
+from fedfm.errors import BadUpdate, NoUpdates, TooFewUpdates
+from fedfm.links.link import Link, Live, Reply
 from fedfm.wire.admit import BROKEN, admit, at_rank, brief
 from fedfm.wire.stage import Stage
 
@@ -73,6 +73,8 @@ class RoundServer:
         federation = self.federation
         try:
             mean = federation.mean(updates)
+        except TooFewUpdates:
+            raise
         except NoUpdates:
             zeros = {name: torch.zeros_like(t) for name, t in (self._expected or self.space.initial).items()}
             mean = Update(zeros, weight=0.0, kind=federation.method.sends, member="mean")
@@ -136,32 +138,68 @@ class RoundServer:
         yield from updates
 
     def _admitted(self, phase: str, messages: Mapping[Member, Tensors], round: int) -> Iterator[Update]:
-        method, kind, aligned = self.federation.method, self.federation.method.kind(phase), self._aligned(phase)
+        needed = min(self.federation.limits.min_clients, len(messages)) if phase in self.federation.method.phases else 0
+        accepts, count = [], 0
         for reply in self.link.ask(phase, round, messages):
-            self.bytes_down += reply.bytes_down
-            self.bytes_up += reply.bytes_up
-            update = reply.update
-            like = method.expects(phase, messages[reply.member])
-            try:
-                if update is None:
-                    raise BadUpdate(reply.reason)
-                for stage in reversed(self.federation.stages):
-                    update = stage.receive(update, like)
-                if Trait.ANY_RANK in method.traits and phase == method.phases[-1]:
-                    admit(update, kind, at_rank(update, like or self._shared), self.federation.limits)
-                else:
-                    admit(update, kind, like if aligned else None, self.federation.limits)
-            except (BadUpdate, *BROKEN) as error:
-                why = error if isinstance(error, BadUpdate) else f"it cannot be read: {error}"
-                self.dropped.append({"client": reply.member.id, "reason": brief(str(why))})
+            update = self._usable(reply, phase, messages[reply.member])
+            if update is None:
                 continue
-            reply.accept()
-            self._note(reply, update)
-            if self.federation.audits:
-                self.seen.append(update)
+            count += 1
+            # What a client keeps of a round that may not count must wait for the others.
+            accepts.append(reply.accept) if needed > 1 else reply.accept()
             yield update
             # Held no longer than the receiver holds it: the next update may need the memory.
             del reply, update
+        if needed > 1 and count < needed:
+            raise TooFewUpdates(f"{count} of {len(messages)} updates could be used, but a round needs {needed}")
+        for accept in accepts:
+            accept()
+
+    def begin(self, phase: str, messages: Mapping[Member, Tensors], round: int) -> None:
+        """Give clients a task in their own time. Arguments as of :meth:`ask`; only over a link that is live."""
+        cast(Live, self.link).begin(phase, round, messages)
+
+    @property
+    def in_flight(self) -> set[str]:
+        """Clients that are at work on what was begun."""
+        return cast(Live, self.link).in_flight
+
+    def arrived(self, phase: str, message: Callable[[Member], Tensors]) -> tuple[Member, Update | None]:
+        """Who was the next to finish what was begun, and its update; none if it cannot be used.
+
+        Args:
+            phase: the task.
+            message: what the client had received.
+        """
+        reply = cast(Live, self.link).arrived()
+        update = self._usable(reply, phase, message(reply.member))
+        if update is not None:
+            reply.accept()
+        return reply.member, update
+
+    def _usable(self, reply: Reply, phase: str, message: Tensors) -> Update | None:
+        """The update in a reply, checked; whose cannot be used is dropped and named."""
+        method = self.federation.method
+        self.bytes_down += reply.bytes_down
+        self.bytes_up += reply.bytes_up
+        update, like = reply.update, method.expects(phase, message)
+        try:
+            if update is None:
+                raise BadUpdate(reply.reason)
+            for stage in reversed(self.federation.stages):
+                update = stage.receive(update, like)
+            if Trait.ANY_RANK in method.traits and phase == method.phases[-1]:
+                admit(update, method.kind(phase), at_rank(update, like or self._shared), self.federation.limits)
+            else:
+                admit(update, method.kind(phase), like if self._aligned(phase) else None, self.federation.limits)
+        except (BadUpdate, *BROKEN) as error:
+            why = error if isinstance(error, BadUpdate) else f"it cannot be read: {error}"
+            self.dropped.append({"client": reply.member.id, "reason": brief(str(why))})
+            return None
+        self._note(reply, update)
+        if self.federation.audits:
+            self.seen.append(update)
+        return update
 
     def _note(self, reply: Reply, update: Update) -> None:
         """Who took part; what a client does in several tasks of a round adds up."""

@@ -49,7 +49,7 @@ def test_the_folder_of_a_federation(recipe: Make, tmp_path: Path) -> None:
     assert flower["superlink"]["fedfm"]["address"] == "127.0.0.1:9092"
     steps = (place / "README.md").read_text()
     assert not re.search(r"\$[a-z{](?!ri)", steps)
-    assert f"fedfm deploy run {place}" in steps
+    assert f"fedfm run {place}" in steps
     assert not list(place.rglob("*.key"))
 
 

@@ -6,7 +6,7 @@ import socket
 import stat
 import struct
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ def place(tmp_path: Path) -> Iterator[Path]:
     """A process that answers with what it was asked, and the number of bytes."""
     ended, where = threading.Event(), tmp_path / "site.sock"
 
-    def answer(header: dict[str, Any], body: bytes) -> channel.Answer:
+    def answer(header: dict[str, Any], body: bytes, tell: Callable[[], None]) -> channel.Answer:
         return {"asked": header, "bytes": len(body)}, body[::-1]
 
     thread = threading.Thread(target=channel.serve, args=(where, answer, ended.is_set))

@@ -37,7 +37,7 @@ from fedfm.links.flower import (
     over,
     server_app,
 )
-from fedfm.links.flower import server as flower_server
+from fedfm.links.flower import roll as flower_roll
 from fedfm.links.link import Reply
 from fedfm.links.tickets import NEVER
 from fedfm.links.worker import Worker
@@ -279,12 +279,21 @@ class Setup:
         stored = [self.nodes[name].worker.store.get(name) for name in self.ids]
         return [float(s["n"]) if s else 0.0 for s in stored]
 
-    def ask(self, link: FlowerLink, round: int, message: Tensors | None = None, accept: str = "ann bob") -> list[Reply]:
+    def ask(
+        self,
+        link: FlowerLink,
+        round: int,
+        message: Tensors | None = None,
+        accept: str = "ann bob",
+        close: bool = True,
+    ) -> list[Reply]:
         replies = []
         for reply in link.ask("local", round, {m: message or {} for m in self.members}):
             replies.append(reply)
             if reply.update is not None and reply.member.id in accept:
                 reply.accept()
+        if close:
+            link.close()
         return replies
 
 
@@ -444,7 +453,7 @@ def test_who_does_not_answer_is_late_and_who_is_not_there_is_named(monkeypatch: 
                 if (reply.metadata.src_node_id, reply.metadata.message_type) != (1, "train")
             ]
 
-    monkeypatch.setattr(flower_server, "PAUSE_S", 0)
+    monkeypatch.setattr(flower_roll, "PAUSE_S", 0)
     setup = Setup(grid_type=Deaf)
     setup.members.append(Member("zoe", 1))
     now = iter(range(0, 10**6, 7))
@@ -474,10 +483,12 @@ def test_steps_are_told_when_a_reply_comes() -> None:
 # Private state, when either side forgets.
 
 
-def test_private_state_is_stored_when_the_question_ends_and_only_where_it_was_admitted() -> None:
+def test_private_state_is_stored_when_the_next_task_comes_or_the_run_ends_and_only_where_it_was_admitted() -> None:
     setup = Setup()
     link = setup.link()
-    setup.ask(link, 1, accept="ann")
+    setup.ask(link, 1, accept="ann", close=False)
+    assert setup.counts() == [0, 0]
+    list(link.ask("validate", 0, {m: {} for m in setup.members}))
     assert setup.counts() == [1, 0]
     replies = setup.ask(link, 2)
     assert [float(r.update.tensors["n"]) for r in replies if r.update] == [2, 1]
@@ -587,7 +598,9 @@ def test_a_node_that_comes_back_under_another_number_is_found() -> None:
     assert link.roll.nodes == {"ann": 9, "bob": 2}
     away = setup.grid.contexts.pop(9)
     ann, _ = setup.ask(link, 3)
-    assert ann.reason == "no Flower node speaks for it"
+    assert ann.reason == "its Flower node is gone"
+    ann, _ = setup.ask(link, 3)
+    assert ann.reason == "it has not answered since it was dropped: its Flower node is gone"
     setup.grid.contexts[9] = away
     assert [r.reason for r in setup.ask(link, 4)] == ["", ""]
 

@@ -52,6 +52,7 @@ class Toy:
     rule = Add()
     space = Layout({"w": torch.zeros(1)})
     federation = SimpleNamespace(screens=())
+    link = SimpleNamespace(simulated=True)
 
     @property
     def ids(self) -> list[str]:

@@ -61,7 +61,7 @@ def test_the_number_in_flight_is_bounded_and_clients_are_different() -> None:
         one = clock(memory, concurrency=4)
         for _ in range(2):
             one.finished(1)
-            one._fill()
+            one.start(one._duration)
             assert len(one.flying) == 4
             assert len({t.client for t in one.flying}) == 4
         memory = one.memory()

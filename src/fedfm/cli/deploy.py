@@ -30,6 +30,8 @@ app.add_typer(deploy, name="deploy", rich_help_panel="Deploy")
 Folder = Annotated[Path, typer.Argument(help="The federation's folder, made by [bold]fedfm deploy init[/].")]
 POLL_S = 1.0
 """Seconds between two looks at a run."""
+SILENT_S = 60.0
+"""Seconds for which the coordinator may not answer those who watch."""
 DONE = ("finished:completed", "finished:failed", "finished:stopped")
 
 
@@ -113,7 +115,7 @@ def up(
         raise RecipeError(
             "deploy up starts all parties on this machine: say so with --local. For organisations apart, use init."
         )
-    if (folder / "coordinator" / "coordinator.yaml").exists():
+    if is_federation(folder):
         address = Settings.read(folder / "coordinator" / "coordinator.yaml").listen
         names = sorted(path.parent.name for path in (folder / "sites").glob("*/policy.yaml"))
     else:
@@ -127,20 +129,62 @@ def up(
 
     progress.print(f"starting the coordinator at {address} and {len(names)} sites ...", style="dim", highlight=False)
     with stoppable(stop), processes.federation(folder, address, names) as running:
+
+        def tend() -> None:
+            if again := running.tend():
+                progress.print(f"started again: {', '.join(again)}", style="yellow", highlight=False)
+            if "superlink" in again:
+                processes.until(lambda: processes.reachable(address), "the SuperLink")
+                processes.submit(folder, resume=True)
+
         processes.submit(folder, resume)
-        ended = _watch(folder, lambda: stopped, running.check)
+        ended = _watch(folder, lambda: stopped, tend)
         if stopped:
             processes.flwr(folder, "stop", str(processes.current(folder)), "fedfm")
     _finish(folder, ended, json_)
 
 
-@deploy.command()
-def run(
-    folder: Folder,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on from the last finished round.")] = False,
-    json_: Json = False,
-) -> None:
-    """Start a run over the sites that are there, and watch it. Ctrl-C stops watching; the run goes on."""
+@app.command(rich_help_panel="Deploy")
+def status(folder: Folder, json_: Json = False) -> None:
+    """What the latest run is doing: its rounds, who took part, who was dropped and why."""
+    from fedfm.deploy import local as processes
+
+    said, records = processes.status(folder), _records(folder)
+    if json_:
+        print(json.dumps({"status": said, "rounds": records, "waiting": _waiting(folder)}))
+        return
+    output.print(f"run      {said}", highlight=False)
+    for record in records:
+        output.print(_line(record), highlight=False)
+    if said not in DONE and (waiting := _waiting(folder)).get("for"):
+        output.print(escape(f"now      {waiting['for']}, since {waiting['seconds']:.0f} s"), highlight=False)
+
+
+@app.command(rich_help_panel="Deploy")
+def log(folder: Folder, lines: Annotated[int, typer.Option(min=1, help="How many of the last lines.")] = 20) -> None:
+    """The audit log: who sent what, how many bytes, its hash, and what became of it."""
+    place = folder / "coordinator" / "audit.jsonl"
+    for line in place.read_text().splitlines()[-lines:] if place.exists() else ():
+        print(line)
+
+
+@app.command(rich_help_panel="Deploy")
+def stop(folder: Folder) -> None:
+    """Stop the latest run; its last finished round stays, and --resume goes on from there."""
+    from fedfm.deploy import local as processes
+
+    processes.flwr(folder, "stop", str(processes.current(folder)), "fedfm")
+    output.print("stopped", highlight=False)
+
+
+def start(folder: Path, resume: bool, as_json: bool) -> None:
+    """Start a run over the sites that are there, and watch it. Ctrl-C stops watching; the run goes on.
+
+    Args:
+        folder: of the federation.
+        resume: go on from the last finished round.
+        as_json: print the results for programs.
+    """
     from fedfm.deploy import local as processes
 
     processes.submit(folder, resume)
@@ -152,38 +196,12 @@ def run(
 
     with stoppable(leave):
         ended = _watch(folder, lambda: left)
-    _finish(folder, ended, json_)
+    _finish(folder, ended, as_json)
 
 
-@deploy.command()
-def status(folder: Folder, json_: Json = False) -> None:
-    """What the latest run is doing: its rounds, who took part, who was dropped and why."""
-    from fedfm.deploy import local as processes
-
-    said, records = processes.status(folder), _records(folder)
-    if json_:
-        print(json.dumps({"status": said, "rounds": records}))
-        return
-    output.print(f"run      {said}", highlight=False)
-    for record in records:
-        output.print(_line(record), highlight=False)
-
-
-@deploy.command()
-def log(folder: Folder, lines: Annotated[int, typer.Option(min=1, help="How many of the last lines.")] = 20) -> None:
-    """The audit log: who sent what, how many bytes, its hash, and what became of it."""
-    place = folder / "coordinator" / "audit.jsonl"
-    for line in place.read_text().splitlines()[-lines:] if place.exists() else ():
-        print(line)
-
-
-@deploy.command()
-def stop(folder: Folder) -> None:
-    """Stop the latest run; its last finished round stays, and --resume goes on from there."""
-    from fedfm.deploy import local as processes
-
-    processes.flwr(folder, "stop", str(processes.current(folder)), "fedfm")
-    output.print("stopped", highlight=False)
+def is_federation(folder: Path) -> bool:
+    """Whether it is the folder of a federation."""
+    return (folder / "coordinator" / "coordinator.yaml").exists()
 
 
 def _watch(folder: Path, leave: Callable[[], bool], check: Callable[[], None] = lambda: None) -> str:
@@ -191,6 +209,7 @@ def _watch(folder: Path, leave: Callable[[], bool], check: Callable[[], None] = 
     from fedfm.deploy import local as processes
 
     shown, said = len(_records(folder)), ""
+    silent: float | None = None
     while said not in DONE and not leave():
         time.sleep(POLL_S)
         check()
@@ -199,7 +218,12 @@ def _watch(folder: Path, leave: Callable[[], bool], check: Callable[[], None] = 
         for record in records[shown:]:
             progress.print(_line(record), highlight=False)
         shown = len(records)
-        said = processes.status(folder)
+        try:
+            said, silent = processes.status(folder), None
+        except FedfmError:
+            silent = silent or time.monotonic()
+            if time.monotonic() - silent > SILENT_S:
+                raise
     return said
 
 
@@ -207,6 +231,13 @@ def _records(folder: Path) -> list[dict[str, Any]]:
     """The finished rounds of the run folder."""
     place = folder / "coordinator" / "run" / "metrics.jsonl"
     return [json.loads(line) for line in place.read_text().split("\n")[:-1]] if place.exists() else []
+
+
+def _waiting(folder: Path) -> dict[str, Any]:
+    """What the run waits for, and since when."""
+    place = folder / "coordinator" / "waiting.json"
+    found = json.loads(place.read_text()) if place.exists() else {"for": "", "since": time.time()}
+    return {"for": found["for"], "seconds": round(time.time() - found["since"], 1)}
 
 
 def _line(record: dict[str, Any]) -> str:
@@ -230,5 +261,5 @@ def _finish(folder: Path, ended: str, as_json: bool) -> None:
         said = json.loads((place / "status.json").read_text()) if (place / "status.json").exists() else {}
         reason = said.get("reason") or f"see {folder / 'logs' / 'superlink.log'}"
         raise FedfmError(f"the run failed: {reason}")
-    progress.print(f"the run is {ended or 'under way'}; look again: fedfm deploy status {folder}", highlight=False)
+    progress.print(f"the run is {ended or 'under way'}; look again: fedfm status {folder}", highlight=False)
     raise typer.Exit(STOPPED)

@@ -30,7 +30,9 @@ Json = Annotated[bool, typer.Option("--json", help="Print the results as JSON.")
 
 @app.command(rich_help_panel="Train")
 def run(
-    recipe: RecipePath,
+    recipe: Annotated[
+        Path, typer.Argument(help="The recipe, a YAML file; or the folder of a federation.", metavar="RECIPE")
+    ],
     set_: Set = None,
     resume: Resume = False,
     overwrite: Overwrite = False,
@@ -40,8 +42,20 @@ def run(
 
     Ctrl-C stops at once; the last finished round is kept, and --resume goes on from there. So it does after a crash.
 
+    With the folder of a federation ([bold]fedfm deploy init[/]), it runs over the sites that are there.
+
     Example: fedfm run recipes/demo.yaml --set rounds=3 --set output_dir=runs/short
     """
+    from fedfm.cli import deploy
+
+    if deploy.is_federation(recipe):
+        if set_ or overwrite:
+            raise RecipeError(
+                f"{recipe} is a federation, whose sites have agreed to its recipe: --set and --overwrite do not go "
+                "with it. Change app/recipe.yaml there, and move coordinator/run away for a new run."
+            )
+        deploy.start(recipe, resume, json_)
+        return
     _execute(read(recipe, set_ or ()), resume, overwrite, json_)
 
 

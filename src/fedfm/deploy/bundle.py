@@ -83,7 +83,9 @@ def init(
         "listen": listen,
         "hosts": list(dict.fromkeys([host, *hosts, "127.0.0.1", "localhost"])),
         "least": len(sites),
-        "patience_s": 600,
+        "patience_s": 300,
+        "deadline_s": 86400,
+        "enough": 0,
         "metrics": "",
         "labels": [],
     }

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import re
+import time
 import uuid
 from collections.abc import Sequence
 from functools import cached_property
@@ -26,6 +28,7 @@ from fedfm.recipe import Recipe, Section, read, unknown
 from fedfm.store.files import write_bytes, write_json
 from fedfm.store.folder import RunFolder
 from fedfm.store.plain_yaml import mapping
+from fedfm.wire.admit import Limits
 
 
 class Settings(Section):
@@ -37,7 +40,11 @@ class Settings(Section):
         listen: ``host:port`` at which the SuperLink listens, and where the coordinator's own commands reach it.
         hosts: names and addresses that the server's certificate holds for.
         least: sites that must be there before a run starts.
-        patience_s: seconds after which a run fails when they are not.
+        patience_s: seconds for which a run waits for them, and for which a site may be out of reach, or show no
+            progress, before it is dropped from the round. It takes part again when it answers.
+        deadline_s: seconds after which a round goes on without the sites that have not answered, however they fare.
+        enough: answers with which a round goes on at once, without the others; 0 means all. With a sampler that draws
+            more sites than that, the slowest of each round do not count.
         metrics: ``HOST:PORT`` at which Prometheus finds numbers of the run; empty means nowhere.
         labels: names of the classes, in the order of their numbers, where the task needs them: no site may choose them.
     """
@@ -47,7 +54,9 @@ class Settings(Section):
     listen: str = Field(pattern=r"^[^\s:]+:\d{1,5}$")
     hosts: tuple[str, ...] = ("localhost", "127.0.0.1")
     least: int = Field(1, ge=1)
-    patience_s: float = Field(600.0, gt=0)
+    patience_s: float = Field(300.0, gt=0)
+    deadline_s: float = Field(86400.0, gt=0)
+    enough: int = Field(0, ge=0)
     metrics: str = ""
     labels: tuple[str, ...] = ()
 
@@ -78,6 +87,7 @@ class Coordinator:
     def __init__(self, folder: Path) -> None:
         self.folder = folder.resolve()
         self.settings = Settings.read(self.folder / "coordinator.yaml")
+        self._doing = ""
 
     @property
     def least(self) -> int:
@@ -125,6 +135,29 @@ class Coordinator:
         self.check(resume)
         if not resume:
             (self.folder / "run.id").unlink(missing_ok=True)
+        logs.begin(self.folder / "log.jsonl")
+
+    def tell(self, doing: str) -> None:
+        """Note what the run is waiting for, for the log and for those who ask; nothing means that it waits no more."""
+        if doing != self._doing:
+            self._doing = doing
+            text = json.dumps({"since": time.time(), "for": doing})
+            write_bytes(self.folder / "waiting.json", text.encode(), durable=False)
+            if doing:
+                logs.log.info("waiting", extra={"about": {"run": self.run_id, "for": doing}})
+
+    @cached_property
+    def delivery(self) -> dict[str, Any]:
+        """How long to wait, and for how many: arguments of :class:`fedfm.links.flower.server.Delivery`."""
+        settings = self.settings
+        return {
+            "patience_s": settings.patience_s,
+            "deadline_s": settings.deadline_s,
+            "enough": settings.enough,
+            "spool": self.folder / "spool",
+            "most_bytes": parts.build(Limits, self.recipe.limits, "limits").max_upload_bytes,
+            "tell": self.tell,
+        }
 
     def guard(self) -> Guard:
         """Signs messages of this run and checks replies."""
@@ -154,7 +187,6 @@ class Coordinator:
         secret = keys.secret(self.folder / "secret")
         experiment = Deployed(self.recipe, members, link, self.settings.labels, secret)
 
-        logs.begin(self.folder / "log.jsonl")
         watching: list[Observer] = [logs.RoundLog(self.run_id)]
         if self.settings.metrics:
             from fedfm.observe.prometheus import Prometheus

@@ -24,6 +24,8 @@ from fedfm.store.files import writing
 
 START_S = 90.0
 """Seconds that a process may take to be ready."""
+AGAIN_S, MANY = 5.0, 20
+"""Seconds between two starts of a process that ended, and how many of them in a row are too many."""
 END_S = 10.0
 """Seconds that a process may take to end before it is killed."""
 
@@ -37,6 +39,8 @@ def environment(home: Path) -> dict[str, str]:
         "FLWR_HOME": str(home),
         "FLWR_TELEMETRY_ENABLED": "0",
         "FLWR_DISABLE_UPDATE_CHECK": "1",
+        # How often Flower looks whether an app is to be started; once a second unless told.
+        "FLWR_SUPEREXEC_TASK_POLL_INTERVAL": "0.1",
         "PYTHONUNBUFFERED": "1",
     }
 
@@ -56,6 +60,19 @@ def reachable(address: str) -> bool:
             return True
     except OSError:
         return False
+
+
+def until(ready: Callable[[], bool], what: str) -> None:
+    """Wait until something is ready.
+
+    Raises:
+        FedfmError: it is not in time.
+    """
+    last = time.monotonic() + START_S
+    while not ready():
+        if time.monotonic() > last:
+            raise FedfmError(f"{what} was not ready after {START_S:g} s")
+        time.sleep(0.2)
 
 
 def superlink(coordinator: Path, address: str) -> list[str]:
@@ -101,6 +118,8 @@ class Processes:
 
     logs: Path
     running: dict[str, subprocess.Popen[bytes]] = field(default_factory=dict)
+    _made: dict[str, tuple[list[str], dict[str, str]]] = field(default_factory=dict)
+    _ended: dict[str, list[float]] = field(default_factory=dict)
 
     def start(
         self, name: str, command: Sequence[str], variables: Mapping[str, str], ready: Callable[[], bool] | None = None
@@ -110,20 +129,44 @@ class Processes:
         Raises:
             FedfmError: it ended, or is not ready in time; says what it said last.
         """
-        with writing(self.logs):
-            self.logs.mkdir(parents=True, exist_ok=True)
-        with (self.logs / f"{name}.log").open("ab") as said:
-            # A group of its own, so that the processes it starts end with it.
-            process = subprocess.Popen(
-                list(command), env=dict(variables), stdout=said, stderr=subprocess.STDOUT, start_new_session=True
-            )
-        self.running[name] = process
+        self._made[name] = list(command), dict(variables)
+        self._launch(name)
         until = time.monotonic() + START_S
         while ready and not ready():
             self.check()
             if time.monotonic() > until:
                 raise FedfmError(f"{name} was not ready after {START_S:g} s. It said: {self.said(name)}")
             time.sleep(0.2)
+
+    def _launch(self, name: str) -> None:
+        command, variables = self._made[name]
+        with writing(self.logs):
+            self.logs.mkdir(parents=True, exist_ok=True)
+        with (self.logs / f"{name}.log").open("ab") as said:
+            # A group of its own, so that the processes it starts end with it.
+            self.running[name] = subprocess.Popen(
+                command, env=variables, stdout=said, stderr=subprocess.STDOUT, start_new_session=True
+            )
+
+    def tend(self) -> list[str]:
+        """Start again what has ended, as a service manager does; the names of those.
+
+        Raises:
+            FedfmError: one ends again and again.
+        """
+        again = []
+        now = time.monotonic()
+        for name, process in list(self.running.items()):
+            ended = self._ended.setdefault(name, [])
+            if process.poll() is None or (ended and now - ended[-1] < AGAIN_S):
+                continue
+            # Flower takes a node that died for present for a minute, and lets no other in with its key.
+            if sum(now - when < 2 * MANY * AGAIN_S for when in ended) >= MANY:
+                raise FedfmError(f"{name} ends again and again. It said: {self.said(name)}")
+            ended.append(now)
+            self._launch(name)
+            again.append(name)
+        return again
 
     def check(self) -> None:
         """See that all processes run.
@@ -257,7 +300,7 @@ def current(folder: Path) -> int:
     """
     place = folder / "coordinator" / "flower" / "run"
     if not place.exists():
-        raise FedfmError(f"nothing was run in {folder} yet. Start a run: fedfm deploy run {folder}")
+        raise FedfmError(f"nothing was run in {folder} yet. Start a run: fedfm run {folder}")
     return int(place.read_text())
 
 

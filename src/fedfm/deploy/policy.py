@@ -74,6 +74,7 @@ class Policy(Section):
         require_stages: stages that uploads must pass, by kind.
         max_epsilon: the most that the run may spend of $\\varepsilon$; ``None`` asks for no guarantee.
         max_delta: the largest $\\delta$ at which ``max_epsilon`` counts: at one near 1, every $\\varepsilon$ is small.
+        scores: whether sums over held-out rows may leave, by which a model is scored; stages do not change them.
         own_code: whether a recipe may name parts as ``package.module:Class``, which are imported.
     """
 
@@ -90,6 +91,7 @@ class Policy(Section):
     require_stages: list[str] = []
     max_epsilon: float | None = Field(None, gt=0, allow_inf_nan=False)
     max_delta: float = Field(1e-5, gt=0, lt=1)
+    scores: bool = True
     own_code: bool = False
 
     @field_validator("name")
@@ -178,6 +180,8 @@ class Policy(Section):
         if (name := release.strange_metric(update)) is not None:
             allowed = f"no metrics but the numbers {', '.join(sorted(release.METRICS))}"
             raise Refused(f"site {self.name!r} refuses: it sends {allowed}, but the update has {_shown(name)}.")
+        if release.scores(update) and not self.scores:
+            raise self._refused("scores", "no scores to leave, which bear no noise", "the task is to score a model")
         if not release.scores(update) and (name := release.strange_tensor(update.tensors, self.tensors)) is not None:
             came = f"the update has a tensor {_shown(name)}"
             raise self._refused("tensors", f"only {', '.join(self.tensors) or 'none'} to leave", came)

@@ -7,8 +7,9 @@ the coordinator, newer than all before it, and within the site's policy. What it
 from __future__ import annotations
 
 import fcntl
+import json
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import chdir
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,20 +25,26 @@ from fedfm.data.population import Population
 from fedfm.data.splits import Splits
 from fedfm.deploy import channel, keys, policy
 from fedfm.deploy.logs import log
+from fedfm.deploy.parcels import Parcels
 from fedfm.deploy.seal import COORDINATOR, Seal
 from fedfm.errors import BadUpdate, DataError, FedfmError, RecipeError, StoreError
 from fedfm.experiment import loading
 from fedfm.federation import Federation
 from fedfm.links.node import Node, refusal
-from fedfm.links.tickets import digest, ticket
+from fedfm.links.tickets import INLINE, digest, ticket
 from fedfm.links.worker import Worker
 from fedfm.recipe import Recipe
 from fedfm.store.clients import ClientStore
-from fedfm.store.files import write_bytes, writing
+from fedfm.store.files import write_bytes, write_json, writing
 from fedfm.store.plain_yaml import loads
 from fedfm.wire import codec
+from fedfm.wire.local_gaussian import LocalGaussian
 
 _RUN = re.compile(r"[0-9a-f]{32}")
+TRANSPORT = ("put", "part")
+"""Kinds of messages that only carry bytes."""
+Given = tuple[dict[str, Any], bytes | None, Path | None]
+"""How it went, the bytes of the update, and a file with those that belong behind them."""
 
 
 @dataclass(frozen=True)
@@ -64,6 +71,17 @@ class Alone:
 
     def pooled(self) -> Members:
         raise DataError("other clients' rows are on their own machines; nobody can pool them")
+
+
+@dataclass
+class _Signs:
+    """Signs of work, for whoever asked last."""
+
+    tell: Callable[[], None] = lambda: None
+
+    def step(self, steps: int) -> None:
+        """Work goes on."""
+        self.tell()
 
 
 class Site:
@@ -93,18 +111,25 @@ class Site:
         self._last = self._read_last()
         self._rounds = 0
         self._node: tuple[tuple[Any, ...], Node] | None = None
+        self._answered: tuple[Any, Given] | None = None
+        self._signs = _Signs()
+        self.parcels = Parcels(self.state / "parcels")
 
     @property
     def socket(self) -> Path:
         """Where it listens."""
         return self.folder / "site.sock"
 
-    def answer(self, header: dict[str, Any], body: bytes) -> tuple[dict[str, Any], bytes]:
+    def answer(
+        self, header: dict[str, Any], body: bytes, tell: Callable[[], None] = lambda: None
+    ) -> tuple[dict[str, Any], bytes]:
         """What to send back to a question; what cannot be done is said, and signed, too.
 
         Args:
-            header: ``kind`` (``hello``, ``task`` or ``settle``), ``settings`` and ``signature`` in hexadecimal.
-            body: the message as safetensors.
+            header: ``kind`` (``hello``, ``task``, ``settle``, ``put`` or ``part``), ``settings`` and ``signature`` in
+                hexadecimal.
+            body: the message as safetensors, or a part of it.
+            tell: called while work goes on.
 
         Returns:
             ``settings`` and ``signature``, and the update's bytes, if there are any.
@@ -118,10 +143,17 @@ class Site:
             "site": self.policy.name,
             "kind": kind,
         }
+        self._signs.tell = tell
+        rest: Path | None = None
         try:
-            self.seal.verify(COORDINATOR, signature, kind, settings, digest(body))
-            self._see_newer(settings)
-            given, up = self._do(kind, settings, body)
+            apart = kind == "task" and bool(settings.get("size"))
+            content = bytes.fromhex(str(settings["content"])) if apart else digest(body)
+            self.seal.verify(COORDINATOR, signature, kind, settings, content)
+            if kind in TRANSPORT:
+                given, up = self._carry(kind, settings, body)
+            else:
+                self._see_newer(settings)
+                given, up, rest = self._do(kind, settings, body)
         except Exception as error:
             # The site goes on. Its log has all; abroad goes no word that could come from a row.
             log.exception("not answered", extra={"about": about})
@@ -129,24 +161,76 @@ class Site:
             why = str(error) if told else f"{type(error).__name__} at the site, whose log says more"
             given, up = refusal(why), None
         log.info("answered", extra={"about": about | {"bytes": len(up or b""), "reason": given.get("reason", "")}})
-        sealed = self.seal.sign("reply", given, digest(up), signature)
+        sealed = self.seal.sign("reply", given, digest(up, rest), signature)
         return {"settings": given, "signature": sealed.hex(), "up": up is not None}, up or b""
 
-    def _do(self, kind: str, settings: Mapping[str, Any], body: bytes) -> tuple[dict[str, Any], bytes | None]:
+    def _carry(self, kind: str, settings: Mapping[str, Any], body: bytes) -> tuple[dict[str, Any], bytes | None]:
+        """Store or read a part of a large payload: bytes alone, which once more do no more than once."""
+        if kind == "put":
+            self.parcels.put(settings, body)
+            return {"reason": ""}, None
+        part = self.parcels.part((settings["run"], ticket(settings["ticket"])), settings["at"])
+        return (refusal("there is no such update any more", "missing"), None) if part is None else ({}, part)
+
+    def _do(self, kind: str, settings: Mapping[str, Any], body: bytes) -> Given:
         node = self._ready(settings)
         if kind == "hello":
-            return {"client": node.member.id, "examples": node.member.examples, **node.member.profile}, None
+            return {"client": node.member.id, "examples": node.member.examples, **node.member.profile}, None, None
         if kind == "settle":
             node.settle(ticket(settings["accepted"]))
-            return {}, None
+            return {}, None, None
         if kind != "task":
             raise BadUpdate(f"there is no message of the kind {kind!r}")
         if type(settings["round"]) is not int or not 0 <= settings["round"] <= self._rounds:
             raise BadUpdate(f"round {settings['round']} is beyond the {self._rounds} of the recipe")
-        given, up = node.task(settings, body)
-        if up is not None:
-            self.policy.release(codec.decode(up, node.member.id))
-        return given, up
+        down: bytes | Path = body
+        if settings.get("size"):
+            if (found := self.parcels.find(str(settings["content"]))) is None:
+                return refusal("its message is not here", "missing"), None, None
+            down = found
+        # A task that comes once more, as its answer may have been lost, is answered as it was.
+        key = settings["run"], ticket(settings["ticket"])
+        asked = key, settings["phase"], settings.get("content") or digest(body)
+        if self._answered is None or self._answered[0] != asked:
+            self._answered = None
+            self._see_once(node, settings, asked[2])
+            given = self._worked(node, settings, down, key)
+            if given[0]["status"] != "done":
+                return given
+            self._answered = asked, given
+        return self._answered[1]
+
+    def _see_once(self, node: Node, settings: Mapping[str, Any], content: str | bytes) -> None:
+        """See that nothing else was answered in this task of this round, where noise is added here.
+
+        The budget counts one answer to each task of a round. The same question gets the same answer, with the same
+        noise, also after a loss; another one would get a second draw.
+
+        Raises:
+            BadUpdate: another message was answered.
+        """
+        noisy = any(isinstance(stage, LocalGaussian) for stage in node.worker.stages)
+        if not noisy or settings["phase"] not in node.worker.method.phases:
+            return
+        place = self.state / str(settings["run"]) / "answered.json"
+        known = json.loads(place.read_text()) if place.exists() else {}
+        task, came = f"{settings['round']} {settings['phase']}", content if isinstance(content, str) else content.hex()
+        if known.setdefault(task, came) != came:
+            raise BadUpdate(
+                f"another message was answered in round {settings['round']}: a second answer would be beyond the "
+                "privacy budget"
+            )
+        write_json(place, known)
+
+    def _worked(self, node: Node, settings: Mapping[str, Any], down: bytes | Path, key: Any) -> Given:
+        given, update = node.work(settings, down)
+        if update is None:
+            return given, None, None
+        self.policy.release(update)
+        if codec.size(update) <= INLINE:
+            return given, codec.encode(update), None
+        head, rest = self.parcels.pack(key, update)
+        return {**given, "size": rest.stat().st_size}, head, rest
 
     def _ready(self, settings: Mapping[str, Any]) -> Node:
         """The node of a run, made when the run or its recipe is new."""
@@ -177,6 +261,7 @@ class Site:
             ClientStore(place / "private"),
             # The coordinator knows the recipe's seed, and could take away noise that was drawn from it.
             secret=keys.secret(self.state / "secret"),
+            on_step=self._signs.step,
             **federation.shared,
         )
         return Node(federation.plan.members.member(name), worker, ClientStore(place / "pending"), tell=_discreet)

@@ -37,3 +37,6 @@ class InProcess:
             # The receiver decides how long an update lives.
             done.update = None
             del done, update, accept
+
+    def close(self) -> None:
+        """Nothing: clients keep what was admitted when it is admitted."""

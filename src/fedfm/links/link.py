@@ -56,3 +56,24 @@ class Link(Protocol):
     def ask(self, phase: str, round: int, messages: Mapping[Member, Tensors]) -> Iterator[Reply]:
         """One reply for each message, in the order of member ids, each as soon as it is there."""
         ...
+
+    def close(self) -> None:
+        """Nothing more will be asked: what clients still have to know is told them."""
+        ...
+
+
+class Live(Link, Protocol):
+    """A link whose clients work in their own time, each on its machine."""
+
+    def begin(self, phase: str, round: int, messages: Mapping[Member, Tensors]) -> None:
+        """Give clients a task and do not wait."""
+        ...
+
+    @property
+    def in_flight(self) -> set[str]:
+        """Ids of clients with a task that was begun, and whose reply was not taken."""
+        ...
+
+    def arrived(self) -> Reply:
+        """The next reply to what was begun, whoever's it is."""
+        ...

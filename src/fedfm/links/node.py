@@ -11,13 +11,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load
+from safetensors.torch import load, load_file
 
-from fedfm.core.update import Member, Tensors
+from fedfm.core.update import Member, Tensors, Update
 from fedfm.errors import BadUpdate, ClientError, RecipeError, StoreError
 from fedfm.links.tickets import AS_IT_IS, NEVER, Ticket, alike, in_order, order, ticket
 from fedfm.links.worker import Done, Worker
@@ -62,14 +63,19 @@ class Node:
         self._note(accepted)
 
     def task(self, task: Mapping[str, Any], down: bytes) -> tuple[Settings, bytes | None]:
+        """As :meth:`work`, with the update as :mod:`fedfm.wire.codec` writes it."""
+        report, update = self.work(task, down)
+        return report, codec.encode(update) if update else None
+
+    def work(self, task: Mapping[str, Any], down: bytes | Path) -> tuple[Settings, Update | None]:
         """Do what the server asks.
 
         Args:
             task: phase, round, client, tickets, settings that both sides must have alike.
-            down: the message as safetensors.
+            down: the message as safetensors, or a file of them.
 
         Returns:
-            How it went, and the update as :mod:`fedfm.wire.codec` writes it, if there is one.
+            How it went, and the update, if there is one.
         """
         store = self.worker.store
         try:
@@ -78,7 +84,7 @@ class Node:
             accepted, own, round = ticket(task["accepted"]), ticket(task["ticket"]), task["round"]
             if type(round) is not int or not 0 <= round < 2**63:
                 raise BadUpdate(f"{round!r:.100} is no number of a round")
-            message = in_order(load(down), task["order"])
+            message = in_order(load_file(down) if isinstance(down, Path) else load(down), task["order"])
             if scoring and accepted == NEVER:
                 # Such as the model before training: nothing private, but what there is must not be lost.
                 self.worker.store = ClientStore()
@@ -113,7 +119,7 @@ class Node:
             "keeps": done.kept is not None,
             "order": order(done.update.tensors) if done.update else [],
         }
-        return report, codec.encode(done.update) if done.update else None
+        return report, done.update
 
     def _noted(self) -> tuple[Ticket, Ticket, Tensors]:
         """The tickets of what is stored and of what is pending, and what is pending."""

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,6 +22,10 @@ NEVER: Ticket = (0, 0)
 """No task of this client was admitted."""
 AS_IT_IS: Ticket = (-1, -1)
 """The server looks after the client's store itself."""
+INLINE = 16 << 20
+"""Bytes of a payload that travels in one message; a larger one travels in parts."""
+PART = 32 << 20
+"""Bytes of one part of a payload that is too large for a message."""
 
 
 def ticket(value: Any) -> Ticket:
@@ -41,9 +46,14 @@ def alike(method: Method, stages: Sequence[Stage], seed: int, hide_metrics: bool
     return {"method": repr(method), "stages": repr(tuple(stages)), "seed": f"{seed}", "hiding": f"{hide_metrics}"}
 
 
-def digest(data: bytes | None) -> bytes:
-    """SHA-256."""
-    return hashlib.sha256(data or b"").digest()
+def digest(data: bytes | None, file: Path | None = None) -> bytes:
+    """SHA-256 of bytes, and of those of a file behind them."""
+    whole = hashlib.sha256(data or b"")
+    if file:
+        with file.open("rb") as rest:
+            while block := rest.read(1 << 20):
+                whole.update(block)
+    return whole.digest()
 
 
 def order(tensors: Tensors) -> list[int]:

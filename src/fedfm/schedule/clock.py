@@ -1,7 +1,8 @@
 """The clock of asynchronous schedules: who is at work, from which version of the model, and who finishes next.
 
-Time is simulated: a task takes as long as its client is slow, whatever this machine needs for it. All durations and
-draws are functions of names (:mod:`fedfm.core.seeds`), so the order of events is that of the run's seed.
+In a simulation time is simulated: a task takes as long as its client is slow, whatever this machine needs for it. All
+durations and draws are functions of names (:mod:`fedfm.core.seeds`), so the order of events is that of the run's seed.
+In a deployed federation clients take the time that they take, and the order is that in which uploads arrive.
 """
 
 from __future__ import annotations
@@ -56,26 +57,18 @@ class Arrival(NamedTuple):
     staleness: int
 
 
-class Clock:
-    """Tasks in flight at a moment of simulated time. Lives for one server update; its memory goes on.
+class Flights:
+    """Tasks in flight. Lives for one server update; its memory goes on.
 
     Args:
         seed: the run's seed.
         ids: all clients, sorted.
         concurrency: tasks in flight, as long as there are clients for them.
-        duration: simulated time that a client (id) takes for its task at a version.
         memory: what :meth:`memory` gave before; empty at the beginning.
     """
 
-    def __init__(
-        self,
-        seed: int,
-        ids: Sequence[str],
-        concurrency: int,
-        duration: Callable[[str, int], float],
-        memory: Memory,
-    ) -> None:
-        self._seed, self._ids, self._concurrency, self._duration = seed, ids, concurrency, duration
+    def __init__(self, seed: int, ids: Sequence[str], concurrency: int, memory: Memory) -> None:
+        self._seed, self._ids, self._concurrency = seed, ids, concurrency
         self.now: float = memory.get("now", 0.0)
         self.version: int = memory.get("version", 0)
         self._started: int = memory.get("started", 0)
@@ -91,11 +84,52 @@ class Clock:
             "flying": tuple(tuple(task) for task in self.flying),
         }
 
+    def land(self, client: str) -> Task:
+        """The task of a client, which is in flight no more."""
+        task = next(task for task in self.flying if task.client == client)
+        self.flying.remove(task)
+        return task
+
+    def start(self, duration: Callable[[str, int], float] = lambda client, version: 0.0) -> list[Task]:
+        """Start tasks until enough are in flight; those that were started.
+
+        Clients are drawn uniformly among those that are neither in flight nor were asked at this version: at the same
+        version a client would draw the same numbers and send the same once more.
+        """
+        before = len(self.flying)
+        busy = self._asked | {task.client for task in self.flying}
+        free = [id for id in self._ids if id not in busy]
+        while free and len(self.flying) < self._concurrency:
+            client = free.pop(seeds.derive(self._seed, "schedule", "next", self._started) % len(free))
+            self.flying.append(Task(self.now + duration(client, self.version), client, self.version))
+            self._asked.add(client)
+            self._started += 1
+        return self.flying[before:]
+
+
+class Clock(Flights):
+    """Tasks in flight at a moment of simulated time. Arguments as of :class:`Flights`.
+
+    Args:
+        duration: simulated time that a client (id) takes for its task at a version.
+    """
+
+    def __init__(
+        self,
+        seed: int,
+        ids: Sequence[str],
+        concurrency: int,
+        duration: Callable[[str, int], float],
+        memory: Memory,
+    ) -> None:
+        super().__init__(seed, ids, concurrency, memory)
+        self._duration = duration
+
     def finished(self, count: int) -> list[Task]:
         """The next tasks to finish, ``count`` of them or as many as there are; of equal times, by client id."""
         done: list[Task] = []
         while len(done) < count:
-            self._fill()
+            self.start(self._duration)
             if not self.flying:
                 break
             first = min(self.flying)
@@ -103,20 +137,6 @@ class Clock:
             self.now = first.finish
             done.append(first)
         return done
-
-    def _fill(self) -> None:
-        """Start tasks until enough are in flight.
-
-        Clients are drawn uniformly among those that are neither in flight nor were asked at this version: at the same
-        version a client would draw the same numbers and send the same once more.
-        """
-        busy = self._asked | {task.client for task in self.flying}
-        free = [id for id in self._ids if id not in busy]
-        while free and len(self.flying) < self._concurrency:
-            client = free.pop(seeds.derive(self._seed, "schedule", "next", self._started) % len(free))
-            self.flying.append(Task(self.now + self._duration(client, self.version), client, self.version))
-            self._asked.add(client)
-            self._started += 1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -193,37 +213,37 @@ class Asynchronous(Schedule):
         return float(wobble) / speed
 
     def advance(self, method: Method, server: RoundServer, state: State, memory: Memory) -> tuple[State, Memory]:
-        seed = server.space.seed
-        clock = Clock(
-            seed,
-            server.ids,
-            self.concurrency or len(server.members),
-            lambda id, version: self.duration(seed, server.member(id), version),
-            memory,
-        )
+        seed, simulated = server.space.seed, server.link.simulated
+        given = seed, server.ids, self.concurrency or len(server.members)
+        clock = Clock(*given, lambda id, version: self.duration(seed, server.member(id), version), memory)
+        flights: Flights = clock if simulated else Flights(*given, memory)
         # A client may finish many versions after its start, also in a resumed run, so its message is made of the state
         # as it was.
         states = {
             **memory.get("states", {}),
-            str(clock.version): {f.name: getattr(state, f.name) for f in fields(state)},
+            str(flights.version): {f.name: getattr(state, f.name) for f in fields(state)},
         }
         arrivals: list[Arrival] = []
-        while missing := self.wanted - len(arrivals):
-            if not (done := clock.finished(missing)):
-                break
-            arrivals += self._work(
-                method, server, self._fresh(server, done, clock.version), clock.version, states, state
-            )
+        if simulated:
+            while missing := self.wanted - len(arrivals):
+                if not (done := clock.finished(missing)):
+                    break
+                arrivals += self._work(
+                    method, server, self._fresh(server, done, clock.version), clock.version, states, state
+                )
+        else:
+            arrivals += self._landed(method, server, flights, states, state)
         if not arrivals:
             raise NoUpdates("everybody was asked, and nobody's update could be used")
         # In the order of clients, so that rounding does not depend on that of the clock.
         arrivals.sort(key=lambda arrival: (arrival.member.id, arrival.staleness))
         after = self.use(method, server, state, arrivals)
-        server.notes["version"] = clock.version + 1
-        server.notes["simulated_time"] = clock.now
+        server.notes["version"] = flights.version + 1
+        if simulated:
+            server.notes["simulated_time"] = clock.now
         server.notes["staleness"] = [{"client": a.member.id, "staleness": a.staleness} for a in arrivals]
-        needed = {str(task.version) for task in clock.flying}
-        return after, {**clock.memory(), "states": {v: s for v, s in states.items() if v in needed}}
+        needed = {str(task.version) for task in flights.flying}
+        return after, {**flights.memory(), "states": {v: s for v, s in states.items() if v in needed}}
 
     def _fresh(self, server: RoundServer, tasks: Sequence[Task], now: int) -> Iterator[Task]:
         """The tasks that are not too old; the others are dropped and named."""
@@ -255,6 +275,41 @@ class Asynchronous(Schedule):
             for update in server.ask("local", messages, round=version + 1):
                 member = by_id[update.member]
                 yield Arrival(update, member, messages[member], now - version)
+
+    def _landed(
+        self,
+        method: Method,
+        server: RoundServer,
+        flights: Flights,
+        states: Mapping[str, Mapping[str, Any]],
+        state: State,
+    ) -> Iterator[Arrival]:
+        """The uploads of clients that work in their own time, as they arrive."""
+
+        def message(member: Member, version: int) -> Tensors:
+            return method.message(type(state)(**states[str(version)]), member)
+
+        def begin(tasks: Sequence[Task]) -> None:
+            for version in sorted({task.version for task in tasks}):
+                members = [server.member(task.client) for task in tasks if task.version == version]
+                # One set of tensors for all, where the method sends all the same.
+                server.begin("local", {member: message(member, version) for member in members}, version + 1)
+
+        # In a run that goes on after a loss nobody is at work: what was in flight is begun again.
+        begin([task for task in flights.flying if task.client not in server.in_flight])
+        count = 0
+        while count < self.wanted:
+            begin(flights.start())
+            if not flights.flying:
+                return
+            versions = {task.client: task.version for task in flights.flying}
+            member, update = server.arrived("local", lambda member: message(member, versions[member.id]))  # noqa: B023
+            task = flights.land(member.id)
+            if update is None:
+                continue
+            for fresh in self._fresh(server, [task], flights.version):
+                yield Arrival(update, member, message(member, fresh.version), flights.version - fresh.version)
+                count += 1
 
     def fits(self, method: Method, screens: Sequence[Screen]) -> None:
         me, name = type(self).__name__, type(method).__name__

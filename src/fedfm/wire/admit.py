@@ -10,7 +10,7 @@ import torch
 
 from fedfm.core import trees
 from fedfm.core.update import Kind, Tensors, Update
-from fedfm.errors import BadUpdate
+from fedfm.errors import BadUpdate, RecipeError
 from fedfm.wire import codec
 
 
@@ -23,12 +23,25 @@ class Limits:
         max_weight: its weight, that is the number of examples that a client may claim.
         max_norm: Euclidean norm of one tensor; what is larger is taken for garbage.
         timeout_s: seconds that a client may work on one task; 0 means no limit.
+        min_clients: updates without which a round does not count, or as many as were asked for, where that is less.
+
+    Raises:
+        RecipeError: a bound that bounds nothing.
     """
 
     max_upload_bytes: int = 16 << 30
     max_weight: float = 1e9
     max_norm: float = 1e6
     timeout_s: float = 0.0
+    min_clients: int = 1
+
+    def __post_init__(self) -> None:
+        for name in ("max_upload_bytes", "max_weight", "max_norm", "min_clients"):
+            value = getattr(self, name)
+            if not 0 < value < math.inf:
+                raise RecipeError(f"limits.{name} must be above 0 and finite, but is {value}.")
+        if not 0 <= self.timeout_s < math.inf:
+            raise RecipeError(f"limits.timeout_s must be at least 0 and finite, but is {self.timeout_s}.")
 
 
 BROKEN = (LookupError, TypeError, ValueError, OverflowError, RuntimeError)

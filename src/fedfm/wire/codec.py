@@ -16,10 +16,11 @@ import json
 import math
 import struct
 from functools import lru_cache
+from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load, save
+from safetensors.torch import load, load_file, save, save_file
 
 from fedfm.core import trees
 from fedfm.core.update import Kind, Tensors, Update
@@ -41,8 +42,28 @@ def encode(update: Update) -> bytes:
     return MAGIC + struct.pack("<I", len(header)) + header + body
 
 
-def decode(data: bytes, member: str) -> Update:
+def write(update: Update, file: Path) -> bytes:
+    """As :func:`encode`, with the tensors in a file of their own.
+
+    Args:
+        update: to be sent.
+        file: to write; none of its bytes are in memory a second time.
+
+    Returns:
+        What stands before the tensors; behind it, the bytes of the file make the whole.
+    """
+    header = _header(update)
+    save_file(trees.unshared(update.tensors), file)
+    return MAGIC + struct.pack("<I", len(header)) + header
+
+
+def decode(data: bytes, member: str, file: Path | None = None) -> Update:
     """The update in ``data``, as sent by ``member``.
+
+    Args:
+        data: the bytes.
+        member: who sent them.
+        file: where the tensors lie, if not in ``data``; they are mapped into memory, so it may be deleted.
 
     Raises:
         BadUpdate: the bytes are not an update.
@@ -56,7 +77,7 @@ def decode(data: bytes, member: str) -> Update:
         header = json.loads(data[8 : 8 + length])
         metrics = {str(name): float(value) for name, value in header["metrics"].items()}
         kind, weight = Kind(header["kind"]), float(header["weight"])
-        tensors = load(data[8 + length :])
+        tensors = load_file(file) if file else load(data[8 + length :])
     except (*_BROKEN, SafetensorError) as error:
         raise BadUpdate(f"the bytes are not an update: {error}") from error
     if len(metrics) > MAX_METRICS:

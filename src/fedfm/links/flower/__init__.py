@@ -26,7 +26,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from fedfm.links.flower.client import client_app
     from fedfm.links.flower.memory import InMemoryFlower, MemoryGrid
-    from fedfm.links.flower.server import FlowerLink, Roll, over, server_app
+    from fedfm.links.flower.roll import Roll
+    from fedfm.links.flower.server import FlowerLink, over, server_app
     from fedfm.links.node import Node
 
 # Loaded when first used: the app in which a site's messages arrive starts for each of them, and needs no torch.
@@ -35,7 +36,7 @@ _HOMES = {
     "InMemoryFlower": "fedfm.links.flower.memory",
     "MemoryGrid": "fedfm.links.flower.memory",
     "Node": "fedfm.links.node",
-    "Roll": "fedfm.links.flower.server",
+    "Roll": "fedfm.links.flower.roll",
     "client_app": "fedfm.links.flower.client",
     "over": "fedfm.links.flower.server",
     "server_app": "fedfm.links.flower.server",

@@ -32,7 +32,8 @@ def forwarded(message: Message, context: Context, kind: str) -> Message:
         "signature": content["seal"]["signature"].hex(),
     }
     body = content["down"]["bytes"].data if "down" in content else b""
-    answer, up = channel.ask(Path(str(context.node_config["site"])) / "site.sock", header, body)
+    place = Path(str(context.node_config["site"])) / "site.sock"
+    answer, up = channel.ask(place, header, body, float(header["settings"].get("patience_s", 0)))
     records: dict[str, Any] = {
         "done": ConfigRecord(answer["settings"]),
         "seal": ConfigRecord({"signature": bytes.fromhex(answer["signature"])}),
@@ -52,6 +53,16 @@ def _settle(message: Message, context: Context) -> Message:
     return forwarded(message, context, "settle")
 
 
+@client.query("put")
+def _put(message: Message, context: Context) -> Message:
+    return forwarded(message, context, "put")
+
+
+@client.query("part")
+def _part(message: Message, context: Context) -> Message:
+    return forwarded(message, context, "part")
+
+
 @client.train()
 def _train(message: Message, context: Context) -> Message:
     return forwarded(message, context, "task")
@@ -65,12 +76,13 @@ def _evaluate(message: Message, context: Context) -> Message:
 @server.main()
 def _main(grid: Grid, context: Context) -> None:
     from fedfm.deploy.coordinator import Coordinator
-    from fedfm.links.flower.server import Roll, over
+    from fedfm.links.flower.roll import Roll
+    from fedfm.links.flower.server import Delivery, over
 
     coordinator = Coordinator(Path(str(context.run_config["coordinator"])))
     resume = bool(context.run_config["resume"])
     coordinator.begin(resume)
     guard = coordinator.guard()
-    roll = Roll(grid, guard=guard)
+    roll = Roll(grid, guard, tell=coordinator.tell)
     roll.wait(coordinator.least, coordinator.settings.patience_s)
-    coordinator.run(roll, over(grid, roll, guard), resume)
+    coordinator.run(roll, over(grid, roll, guard, Delivery(**coordinator.delivery)), resume)

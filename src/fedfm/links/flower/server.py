@@ -1,29 +1,29 @@
-"""The server's side: who is there, the link that asks them, and the app that runs a federation."""
+"""The server's side: the link that asks the clients behind a Flower grid, and the app that runs a federation."""
 
 from __future__ import annotations
 
 import math
 import time
-import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import TYPE_CHECKING, Any, ClassVar, NoReturn
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
-from flwr.app import ArrayRecord, ConfigRecord, Context, Message, RecordDict
+from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
-from safetensors.torch import save
 
-from fedfm.core import trees
 from fedfm.core.method import Method
-from fedfm.core.plan import Members
 from fedfm.core.space import Layout
 from fedfm.core.update import Member, Tensors
-from fedfm.errors import BadUpdate, ClientError, DataError, FedfmError
-from fedfm.links.flower.client import packed
+from fedfm.errors import BadUpdate, ClientError
+from fedfm.links.flower.envelopes import Parcel, opened
+from fedfm.links.flower.exchange import Exchange
+from fedfm.links.flower.post import Answer, Key, Post
+from fedfm.links.flower.roll import Roll
 from fedfm.links.link import Reply
-from fedfm.links.tickets import AS_IT_IS, NEVER, Ticket, alike, digest, in_order, order
+from fedfm.links.tickets import AS_IT_IS, NEVER, Ticket, alike, digest, in_order
 from fedfm.store.clients import ClientStore
 from fedfm.train.trainer import Trainer
 from fedfm.wire import codec
@@ -33,88 +33,42 @@ if TYPE_CHECKING:
     from fedfm.deploy.guard import Guard
     from fedfm.federation import Federation
 
-PAUSE_S = 0.2
-"""Seconds between two looks for replies."""
 MOST = 1e9
 """Steps or seconds of one task that a client may claim."""
 SLACK_S = 60.0
 """Seconds that transport may take beside the client's own work."""
 
 
-class Roll:
-    """The members whose nodes answered: who they are, not what they have.
+@dataclass(frozen=True)
+class Delivery:
+    """How long the server waits, for how many, and where large payloads lie.
 
     Args:
-        grid: reaches the nodes.
-        wait_s: seconds that a node may take to say who it is.
-        guard: signs what is sent and checks what comes, where server and clients do not trust the way between them.
+        patience_s: how long a site may be out of reach, or its app fail, before it is dropped; lost messages are sent
+            again. 0 means that the first error is final.
+        deadline_s: seconds after which a question ends without those who have not answered.
+        enough: answers with which a question ends without the others; 0 means all.
+        spool: folder for payloads that are too large for a message; without it, all travel in one.
+        most_bytes: size of an update beyond which it is not fetched.
+        tell: told what is being waited for; with nothing, that the waiting is over.
     """
 
-    def __init__(self, grid: Grid, wait_s: float = SLACK_S, guard: Guard | None = None) -> None:
-        self.grid = grid
-        self.wait_s = wait_s
-        self.guard = guard
-        self.nodes: dict[str, int] = {}
-        self.refused: dict[int, str] = {}
-        self._members: dict[str, Member] = {}
-        self._known: set[int] = set()
+    patience_s: float = 0.0
+    deadline_s: float = math.inf
+    enough: int = 0
+    spool: Path | None = None
+    most_bytes: int = 64 << 30
+    tell: Callable[[str], None] = lambda text: None
 
-    @property
-    def ids(self) -> Sequence[str]:
-        return sorted(self._members)
 
-    def member(self, id: str) -> Member:
-        return self._members[id]
+@dataclass(frozen=True)
+class _Flight:
+    """A task that was begun and not waited for."""
 
-    def rows(self, id: str, split: str) -> NoReturn:
-        raise DataError(f"the rows of client {id!r} are on its own machine; the server has none")
-
-    def pooled(self) -> Members:
-        raise DataError("the clients' rows are on their own machines; nobody can pool them")
-
-    def wait(self, least: int, patience_s: float = math.inf) -> None:
-        """Return when ``least`` members are there.
-
-        Raises:
-            FedfmError: they are not after ``patience_s`` seconds; says who is, and why others were refused.
-        """
-        began = time.monotonic()
-        self.refresh()
-        while len(self.nodes) < least:
-            if time.monotonic() - began > patience_s:
-                there = ", ".join(sorted(self.nodes)) or "nobody"
-                refused = "".join(f"; node {node} was refused: {why}" for node, why in self.refused.items())
-                raise FedfmError(
-                    f"{least} sites must be there, but after {patience_s:g} s there is {there}{refused}. Start the "
-                    "missing ones, or lower least."
-                )
-            time.sleep(PAUSE_S)
-            self.refresh()
-
-    def refresh(self) -> None:
-        """Ask nodes that are new who they are. While a node is there, no other speaks for its member."""
-        online = set(self.grid.get_node_ids())
-        self.nodes = {member: node for member, node in self.nodes.items() if node in online}
-        self._known &= online
-        new, signed = {}, {}
-        for node in sorted(online - self._known):
-            new[node], signed[node] = sealed(self.guard, "hello", {})
-        for node, reply in _answers(self.grid, "query.hello", new, self.wait_s):
-            self._known.add(node)
-            try:
-                member = _introduced(reply, self.guard, signed[node])
-                if member.id in self.nodes:
-                    raise BadUpdate(f"node {self.nodes[member.id]} already speaks for {member.id!r}")
-            except BadUpdate as error:
-                warnings.warn(f"Flower node {node} takes no part: {error}", stacklevel=2)
-                self.refused[node] = str(error)
-                if self.guard:
-                    self.guard.note("refused", kind="hello", node=node, reason=str(error))
-                continue
-            if self.guard:
-                self.guard.note("joined", kind="hello", node=node, client=member.id, examples=member.examples)
-            self.nodes[member.id] = node
-            self._members[member.id] = member
+    member: Member
+    phase: str
+    ticket: Ticket
+    parcel: Parcel
 
 
 class FlowerLink:
@@ -131,10 +85,11 @@ class FlowerLink:
         layout: not used; clients have their own.
         hide_metrics: clients send no metrics.
         timeout_s: seconds a client may work on one task. When nobody answered for so long, and ``SLACK_S`` more, those
-            who are still missing are late. 0 means no limit but Flower's, which answers for nodes that are gone.
+            who are still missing are late. 0 means no limit but the deadline.
         on_step: told of the steps of each reply; may raise ``Stopped``.
         clock: seconds, monotonic.
         guard: signs what is sent, checks what comes and writes the audit log.
+        delivery: how long to wait, and for how many.
     """
 
     simulated: ClassVar[bool] = False
@@ -155,69 +110,176 @@ class FlowerLink:
         on_step: Callable[[int], None] = lambda steps: None,
         clock: Callable[[], float] = time.monotonic,
         guard: Guard | None = None,
+        delivery: Delivery | None = None,
     ) -> None:
         self.method = method
         self.guard = guard
         self.ledger = store
-        self.grid = grid
-        self.roll = roll or Roll(grid)
-        self.timeout_s = timeout_s
+        self.delivery = delivery or Delivery()
+        self.roll = roll or Roll(grid, guard, clock)
         self.on_step = on_step
-        self.clock = clock
+        idle_s = timeout_s + SLACK_S if timeout_s else math.inf
+        post = Post(grid, self.roll, self.delivery.patience_s, self.delivery.deadline_s, idle_s, clock)
+        self.exchange = Exchange(post, guard, self.delivery.spool, self.delivery.most_bytes)
         self._alike = alike(method, stages, seed, hide_metrics)
-        self._asked = 0
-        self._admitted: list[Member] = []
+        self._questions = 0
+        self._held: dict[Key, Answer] = {}
+        self._good: set[Key] = set()
+        self._flights: dict[Key, _Flight] = {}
+        self._admitted: dict[str, tuple[Member, str, int]] = {}
 
     def ask(self, phase: str, round: int, messages: Mapping[Member, Tensors]) -> Iterator[Reply]:
         """One reply for each message, in the order of ids; clients work at the same time where the grid lets them."""
-        self._asked += 1
-        ticket = (round, self._asked)
-        self.roll.refresh()
+        ticket = self._ticket(round)
         members = sorted(messages, key=lambda m: m.id)
-        ready_made: dict[int, _Message] = {}
-        contents, ready, signed = {}, {}, {}
+        parcels = self._packed(messages.values())
+        self.roll.refresh()
         for member in members:
-            message = messages[member]
-            # Most methods send everybody the same tensors: those are packed once.
-            if id(message) not in ready_made:
-                ready_made[id(message)] = _Message.of(message)
-            down = ready_made[id(message)]
-            node = self.roll.nodes.get(member.id)
-            if node is None:
-                ready[member.id] = Reply(member, None, "no Flower node speaks for it")
-                continue
-            settings = {"order": down.order, "ticket": list(ticket), **self._settings(member, phase, round)}
-            contents[node], signed[node] = sealed(self.guard, "task", settings, down)
-        kind = "evaluate" if phase in self.method.scoring else "train"
-        waiting = {self.roll.nodes[m.id]: m for m in members if m.id not in ready}
-        wait_s = self.timeout_s + SLACK_S if self.timeout_s else math.inf
-        answers = _answers(self.grid, kind, contents, wait_s, self.clock)
-        for member in members:
-            while member.id not in ready:
-                node, answer = next(answers)
-                sender = waiting[node]
-                reply = self._reply(sender, phase, ticket, answer, signed[node])
-                ready[sender.id] = replace(reply, bytes_down=ready_made[id(messages[sender])].size)
+            self._put(member, phase, ticket, parcels[id(messages[member])])
+        keys = {(member.id, ticket) for member in members}
+        try:
+            for member in members:
+                reply = self._reply(member, phase, ticket, self._awaited((member.id, ticket), keys, phase))
                 if not self.simulated:
-                    self.on_step(ready[sender.id].steps)
-            yield ready.pop(member.id)
-        self._settle(phase, round)
+                    self.on_step(reply.steps)
+                yield replace(reply, bytes_down=parcels[id(messages[member])].size)
+                del reply
+        finally:
+            for key in keys:
+                self._forget(key)
+            self._good -= keys
+            self._remove(parcels.values())
+        if self.simulated:
+            # Here a client's memory goes with the process; elsewhere its next task will tell it.
+            self.close()
+
+    def begin(self, phase: str, round: int, messages: Mapping[Member, Tensors]) -> None:
+        """Give clients a task and do not wait; :meth:`arrived` brings the replies."""
+        self.roll.refresh()
+        parcels = self._packed(messages.values())
+        for member, message in messages.items():
+            ticket = self._ticket(round)
+            flight = _Flight(member, phase, ticket, parcels[id(message)])
+            self._flights[member.id, ticket] = flight
+            self._put(member, phase, ticket, flight.parcel)
+
+    @property
+    def in_flight(self) -> set[str]:
+        """Clients with a task that was begun and whose reply was not taken."""
+        return {flight.member.id for flight in self._flights.values()}
+
+    def arrived(self) -> Reply:
+        """The next reply to what was begun. There must be something in flight."""
+        while not (landed := self._held.keys() & self._flights.keys()):
+            self._take("what was begun")
+        key = min(landed)
+        flight = self._flights.pop(key)
+        self._good.discard(key)
+        reply = self._reply(flight.member, flight.phase, flight.ticket, self._held.pop(key))
+        if not any(other.parcel is flight.parcel for other in self._flights.values()):
+            self._remove([flight.parcel])
+        self.on_step(reply.steps)
+        return replace(reply, bytes_down=flight.parcel.size)
+
+    def close(self) -> None:
+        """Tell those whose update was admitted, so that nothing is pending. Who misses it reads it in its next task."""
+        keys = set()
+        for member, phase, round in self._admitted.values():
+            settings = self._settings(member, phase, round)
+            keys.add(key := (member.id, self._ticket(round)))
+            self.exchange.put(key, member.id, "query.settle", settings, Parcel([], 0, digest(b"")), "settle")
+        self._admitted = {}
+        for key in keys:
+            self._awaited(key, set(), "what was admitted")
+
+    def _ticket(self, round: int) -> Ticket:
+        self._questions += 1
+        return round, self._questions
+
+    def _packed(self, messages: Iterable[Tensors]) -> dict[int, Parcel]:
+        """Messages by identity: most methods send everybody the same tensors, which are packed once."""
+        parcels: dict[int, Parcel] = {}
+        for message in messages:
+            if id(message) not in parcels:
+                parcels[id(message)] = Parcel.of(message, self.delivery.spool)
+        return parcels
+
+    def _put(self, member: Member, phase: str, ticket: Ticket, parcel: Parcel) -> None:
+        kind = "evaluate" if phase in self.method.scoring else "train"
+        settings = {"ticket": list(ticket), **self._settings(member, phase, ticket[0])}
+        self.exchange.put((member.id, ticket), member.id, kind, settings, parcel)
 
     def _settings(self, member: Member, phase: str, round: int) -> dict[str, Any]:
         noted = self.ledger.get(member.id)
         accepted = noted["ticket"].tolist() if noted else list(AS_IT_IS if self.simulated else NEVER)
-        return {"phase": phase, "round": round, "client": member.id, "accepted": accepted, **self._alike}
+        waiting = {"patience_s": self.delivery.patience_s} if self.delivery.patience_s else {}
+        return {"phase": phase, "round": round, "client": member.id, "accepted": accepted, **self._alike, **waiting}
 
-    def _reply(self, member: Member, phase: str, ticket: Ticket, answer: Message | None, signed: bytes) -> Reply:
-        reply = self._understood(member, phase, ticket, answer, signed)
+    def _awaited(self, key: Key, among: set[Key], phase: str) -> Answer:
+        """The answer to one question; those that come before it are held.
+
+        Args:
+            key: the question.
+            among: questions of which enough answers end the others.
+            phase: what is asked, for those who look on.
+        """
+        while key not in self._held:
+            self._take(f"round {key[1][0]}, {phase}")
+            if 0 < self.delivery.enough <= (answered := len(among & self._good)):
+                self._end(among, answered)
+        return self._held.pop(key)
+
+    def _end(self, among: set[Key], answered: int) -> None:
+        """The question goes on without those who have not answered."""
+        why = f"late: the round went on with the {answered} who had answered"
+        for key in among:
+            if self.exchange.withdraw(key):
+                # It is still at work: it is asked again when it has said that it is free.
+                self.roll.lose(key[0], why)
+                self._held[key] = Answer(reason=why)
+
+    def _take(self, what: str) -> None:
+        """Wait for one answer, whichever comes."""
+        self.delivery.tell(f"{what}: waits for {', '.join(sorted({key[0] for key in self.exchange.questions}))}")
+        key, answer = self.exchange.take()
+        self._held[key] = answer
+        if answer.content is not None and dict(answer.content.get("done", {})).get("status") == "done":
+            self._good.add(key)
+        if not self.exchange.questions:
+            self.delivery.tell("")
+
+    def _forget(self, key: Key) -> None:
+        self.exchange.withdraw(key)
+        if (held := self._held.pop(key, None)) and held.file:
+            held.file.unlink(missing_ok=True)
+
+    def _remove(self, parcels: Iterable[Parcel]) -> None:
+        for parcel in parcels:
+            if parcel.file:
+                parcel.file.unlink(missing_ok=True)
+
+    def _reply(self, member: Member, phase: str, ticket: Ticket, answer: Answer) -> Reply:
+        what = {"kind": "update", "phase": phase, "round": ticket[0], "client": member.id}
+        try:
+            if answer.content is None:
+                raise BadUpdate(answer.reason)
+            content = opened(self.guard, member.id, answer.content, answer.signed, answer.file)
+            reply = self._read(member, phase, ticket, answer)
+        except BadUpdate as error:
+            reply = Reply(member, None, str(error))
+        except (LookupError, TypeError, ValueError, AttributeError, OverflowError, RuntimeError) as error:
+            reply = Reply(member, None, f"the reply is not one of fedfm: {error!r}")
+        finally:
+            if answer.file:
+                # Tensors keep what they are mapped from.
+                answer.file.unlink(missing_ok=True)
         if self.guard is None:
             return reply
-        what = {"kind": "update", "phase": phase, "round": ticket[0], "client": member.id}
+        guard = self.guard
         if reply.update is None:
-            self.guard.note("refused", **what, reason=reply.reason)
+            guard.note("refused", **what, reason=reply.reason)
             return reply
-        guard, data = self.guard, answer.content["up"]["bytes"].data  # type: ignore[union-attr, call-overload]
-        what |= {"holds": reply.update.kind.value, "bytes": len(data), "sha256": digest(data).hex()}
+        what |= {"holds": reply.update.kind.value, "bytes": reply.bytes_up, "sha256": content.hex()}
         guard.note("received", **what)
 
         def accept() -> None:
@@ -226,22 +288,8 @@ class FlowerLink:
 
         return replace(reply, accept=accept)
 
-    def _understood(self, member: Member, phase: str, ticket: Ticket, answer: Message | None, signed: bytes) -> Reply:
-        if answer is None:
-            return Reply(member, None, f"late: no answer in {self.timeout_s + SLACK_S:g} s")
-        if answer.has_error():
-            lines = (answer.error.reason or "").strip().splitlines() or ["no reason given"]
-            return Reply(member, None, f"Flower error {answer.error.code}: {lines[-1]}")
-        try:
-            opened(self.guard, member.id, answer.content, signed)
-            return self._read(member, phase, ticket, answer.content)
-        except BadUpdate as error:
-            return Reply(member, None, str(error))
-        except (LookupError, TypeError, ValueError, AttributeError, OverflowError, RuntimeError) as error:
-            return Reply(member, None, f"the reply is not one of fedfm: {error!r}")
-
-    def _read(self, member: Member, phase: str, ticket: Ticket, content: Any) -> Reply:
-        done = content["done"]
+    def _read(self, member: Member, phase: str, ticket: Ticket, answer: Answer) -> Reply:
+        done = answer.content["done"]
         status, reason, seconds, steps = done["status"], str(done["reason"]), float(done["seconds"]), int(done["steps"])
         if not (0 <= seconds <= MOST and 0 <= steps <= MOST):
             raise BadUpdate(f"it claims {steps} steps in {seconds} s")
@@ -250,86 +298,26 @@ class FlowerLink:
             raise ClientError(reason, client=member.id, round=ticket[0], phase=phase, job=done["job"] or None)
         if status != "done":
             return Reply(member, None, reason or "it failed", seconds=seconds)
-        data = content["up"]["bytes"].data
-        update = codec.decode(data, member.id)
+        data = answer.content["up"]["bytes"].data
+        size = len(data) + (answer.file.stat().st_size if answer.file else 0)
+        update = codec.decode(data, member.id, answer.file)
         update = replace(update, tensors=in_order(update.tensors, done["order"]))
-        up = len(data) if update.tensors or update.metrics else 0
-        reply = Reply(member, update, "", 0, up, seconds, steps)
-        return replace(reply, accept=partial(self._accept, member, ticket)) if done["keeps"] else reply
+        reply = Reply(member, update, "", 0, size if update.tensors or update.metrics else 0, seconds, steps)
+        return replace(reply, accept=partial(self._accept, member, phase, ticket)) if done["keeps"] else reply
 
-    def _accept(self, member: Member, ticket: Ticket) -> None:
+    def _accept(self, member: Member, phase: str, ticket: Ticket) -> None:
         self.ledger.put(member.id, ticket[0], {"ticket": torch.tensor(ticket)})
-        self._admitted.append(member)
-
-    def _settle(self, phase: str, round: int) -> None:
-        """Tell those whose update was admitted. Who does not answer will read it in its next task."""
-        contents = {
-            self.roll.nodes[m.id]: sealed(self.guard, "settle", self._settings(m, phase, round))[0]
-            for m in self._admitted
-        }
-        self._admitted = []
-        for _ in _answers(self.grid, "query.settle", contents, SLACK_S, self.clock):
-            pass
+        self._admitted[member.id] = member, phase, ticket[0]
 
 
-@dataclass(frozen=True)
-class _Message:
-    """What clients are sent, packed.
-
-    Args:
-        record: the bytes.
-        order: in which the tensors were.
-        size: bytes that count; none when there are no tensors.
-        content: digest of the bytes.
-    """
-
-    record: ArrayRecord
-    order: list[int]
-    size: int
-    content: bytes
-
-    @classmethod
-    def of(cls, tensors: Tensors) -> _Message:
-        data = save(trees.unshared(tensors))
-        return cls(packed(data), order(tensors), len(data) if tensors else 0, digest(data))
-
-
-def sealed(
-    guard: Guard | None, kind: str, settings: dict[str, Any], down: _Message | None = None
-) -> tuple[RecordDict, bytes]:
-    """A message as it travels, and its signature where there is a guard.
-
-    Args:
-        guard: signs.
-        kind: ``hello``, ``task`` or ``settle``.
-        settings: of the message.
-        down: the tensors.
-    """
-    signature = b""
-    records: dict[str, Any] = {"down": down.record} if down else {}
-    if guard:
-        settings, signature = guard.close(kind, settings, down.content if down else digest(b""))
-        records["seal"] = ConfigRecord({"signature": signature})
-    return RecordDict({"task": ConfigRecord(settings), **records}), signature
-
-
-def opened(guard: Guard | None, client: str, content: Any, signed: bytes) -> None:
-    """See that a reply is from ``client`` and to the message so ``signed``.
-
-    Raises:
-        BadUpdate: it is not.
-    """
-    if guard:
-        up = content["up"]["bytes"].data if "up" in content else b""
-        guard.open(client, content["seal"]["signature"], dict(content["done"]), digest(up), signed)
-
-
-def over(grid: Grid, roll: Roll | None = None, guard: Guard | None = None) -> type[FlowerLink]:
+def over(
+    grid: Grid, roll: Roll | None = None, guard: Guard | None = None, delivery: Delivery | None = None
+) -> type[FlowerLink]:
     """The link over a grid, as the class that ``Federation(..., link=...)`` takes."""
 
     class Over(FlowerLink):
         def __init__(self, *args: Any, **kwargs: Any) -> None:
-            super().__init__(*args, grid=grid, roll=roll, guard=guard, **kwargs)
+            super().__init__(*args, grid=grid, roll=roll, guard=guard, delivery=delivery, **kwargs)
 
     return Over
 
@@ -353,48 +341,3 @@ def server_app(
         federation(roll, over(grid, roll), context).run(**run)
 
     return app
-
-
-def _answers(
-    grid: Grid,
-    kind: str,
-    contents: Mapping[int, RecordDict],
-    wait_s: float,
-    clock: Callable[[], float] = time.monotonic,
-) -> Iterator[tuple[int, Message | None]]:
-    """Nodes and their replies as they come; ``None`` for those that are missing when nothing came for ``wait_s``."""
-    messages = [grid.create_message(content, kind, node, "", None) for node, content in contents.items()]
-    taken = set(grid.push_messages(messages)) if messages else set()
-    waiting = {m.metadata.message_id: m.metadata.dst_node_id for m in messages if m.metadata.message_id in taken}
-    yield from ((m.metadata.dst_node_id, None) for m in messages if m.metadata.message_id not in waiting)
-    last = clock()
-    while waiting and clock() - last <= wait_s:
-        came = [reply for reply in grid.pull_messages(list(waiting)) if reply.metadata.reply_to_message_id in waiting]
-        if not came:
-            time.sleep(PAUSE_S)
-        while came:
-            yield waiting.pop(came[-1].metadata.reply_to_message_id), came.pop()
-            last = clock()
-    yield from ((node, None) for node in waiting.values())
-
-
-def _introduced(reply: Message | None, guard: Guard | None, signed: bytes) -> Member:
-    """The member that a node says it is.
-
-    Raises:
-        BadUpdate: it does not say, or not so that it can be believed.
-    """
-    if reply is None or reply.has_error():
-        raise BadUpdate(f"it does not say who it is: {reply and reply.error.reason}")
-    try:
-        content: Any = reply.content
-        done = dict(content["done"])
-        if "client" not in done:
-            raise BadUpdate(f"it does not say who it is: {done.get('reason', 'and not why')}")
-        id, examples = done.pop("client"), done.pop("examples")
-        if not (isinstance(id, str) and id and isinstance(examples, int) and examples >= 0):
-            raise BadUpdate(f"it calls itself {id!r} with {examples!r} examples")
-        opened(guard, id, content, signed)
-        return Member(id, examples, {name: float(value) for name, value in done.items()})
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise BadUpdate(f"it does not say who it is: {error!r}") from error

@@ -1,0 +1,1 @@
+"""Deployed federations, measured: the same result as at home, what a round costs beside the work, bytes on the wire."""
