@@ -6,7 +6,7 @@ import json
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -184,6 +184,54 @@ def test_a_bad_client_is_dropped_and_named(federation: Make, people: People, dee
         assert set(record["participants"]) == {"ann", "cid"}
     without = federation(FedIT(), members=people.only("ann", "cid")).run()
     assert same(outcome.state.weights, without.state.weights)
+
+
+@dataclass(frozen=True)
+class FailsOnce(FedIT):
+    """Clients count their tasks; bob fails in round 1."""
+
+    traits: ClassVar[Traits] = FedIT.traits - {Trait.FORGETFUL}
+
+    def local(self, client: Client, message: Tensors) -> Work:
+        client.keep({"count": client.private.get("count", torch.zeros(1)) + 1})
+        if client.member.id == "bob" and client.round == 1:
+            raise MemoryError("cannot allocate")
+        return (yield from super().local(client, message))
+
+
+def test_a_round_with_too_few_updates_does_not_count(federation: Make, tmp_path: Path) -> None:
+    """Neither the model nor what clients keep moves, and after three of them the run fails."""
+    made = federation(FailsOnce(), rounds=1, limits=Limits(min_clients=3))
+    assert same(made.run().state.weights, made.start().weights)
+    outcome = federation(FailsOnce(), rounds=2, limits=Limits(min_clients=3)).run(tmp_path / "run")
+    assert [[d["client"] for d in r["dropped"]] for r in outcome.records[1:]] == [["bob"], []]
+    kept = {
+        place.name: float(load_file(sorted(place.glob("*.safetensors"))[-1])["count"])
+        for place in (tmp_path / "run" / "clients").iterdir()
+    }
+    assert kept == {"ann": 1, "bob": 1, "cid": 1}
+    with pytest.raises(FedfmError, match="too few updates could be used in 3 rounds in a row"):
+        federation(Misbehaving(deed="memory"), rounds=5, limits=Limits(min_clients=3)).run()
+
+
+def test_with_enough_updates_a_round_counts(federation: Make) -> None:
+    some = federation(Misbehaving(deed="memory"), limits=Limits(min_clients=2)).run()
+    assert same(some.state.weights, federation(Misbehaving(deed="memory")).run().state.weights)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"min_clients": 0}, "limits.min_clients must be above 0"),
+        ({"max_norm": float("nan")}, "limits.max_norm must be above 0 and finite"),
+        ({"max_weight": float("inf")}, "limits.max_weight"),
+        ({"max_upload_bytes": -1}, "limits.max_upload_bytes"),
+        ({"timeout_s": -1.0}, "limits.timeout_s must be at least 0"),
+    ],
+)
+def test_limits_that_bound_nothing_are_refused(changes: dict[str, Any], words: str) -> None:
+    with pytest.raises(RecipeError, match=words):
+        Limits(**changes)
 
 
 def test_an_oversize_upload_is_dropped(federation: Make) -> None:

@@ -36,7 +36,7 @@ def settled(
     """How the run ended, while what ends is started again."""
     until, said = time.monotonic() + seconds, ""
     while not said.startswith("finished") and time.monotonic() < until:
-        time.sleep(1)
+        time.sleep(3)
         processes.tend()
         each()
         said = local.status(folder)
@@ -215,7 +215,7 @@ def test_sites_that_hang_die_starve_or_send_garbage_are_dropped_and_named_in_eac
         until = time.monotonic() + 300
         back = False
         while not (said := local.status(folder)).startswith("finished") and time.monotonic() < until:
-            time.sleep(1)
+            time.sleep(3)
             if len(records(folder)) == 3 and not back:
                 back = True
                 os.kill(processes.running[f"site-{hangs}"].pid, signal.SIGCONT)

@@ -26,7 +26,7 @@ def waited(folder: Path, least: int = 10**6, seconds: float = 240) -> str:
     """How the run ended; returns earlier when it has finished the round ``least``."""
     until, said = time.monotonic() + seconds, ""
     while not said.startswith("finished") and time.monotonic() < until:
-        time.sleep(1)
+        time.sleep(2)
         if len(records(folder)) > least:
             return "under way"
         said = local.status(folder)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,10 +16,12 @@ pytest.importorskip("flwr")
 from fedfm.deploy import keys
 from fedfm.deploy.coordinator import Coordinator
 from fedfm.deploy.site import Site
-from fedfm.errors import StoreError
+from fedfm.errors import BadUpdate, StoreError
 from fedfm.experiment import Experiment
 from fedfm.links.flower import MemoryGrid, Roll, apps, over
 from fedfm.links.flower.server import Delivery
+from fedfm.links.node import Node
+from fedfm.links.tickets import digest
 from fedfm.recipe import Recipe
 from tests.deploy.conftest import Make
 
@@ -68,6 +71,10 @@ class Trial:
         roll.wait(1, patience_s=3)
         delivery = Delivery(**{**coordinator.delivery, **self.delivery})
         return coordinator.run(roll, over(grid, roll, guard, delivery), resume)
+
+    @property
+    def run_id(self) -> str:
+        return (self.folder / "coordinator" / "run.id").read_text()
 
     @property
     def records(self) -> list[dict[str, Any]]:
@@ -369,6 +376,84 @@ def test_noise_cannot_be_drawn_again_from_the_recipe(
     weights = found(there.folder / "coordinator" / "run")[1]
     assert weights
     assert weights != found(at_home(recipe(**settings), 2, tmp_path))[1]
+
+
+def test_noise_is_drawn_once_for_each_task_of_a_round(trial: Callable[..., Trial]) -> None:
+    """The same question gets the same answer, also from a process that began anew; another one gets none."""
+    settings = {
+        "method": "ffa-lora",
+        "stages": [{"kind": "clip", "max_norm": 1.0}, {"kind": "local-gaussian", "std": 0.01}],
+        "rounds": 2,
+        "evaluation": {"every": 0},
+    }
+    there = trial(sites=1, **settings)
+    given: list[bytes] = []
+
+    def keep(site: str, header: dict[str, Any], body: bytes) -> Answer:
+        if header["settings"].get("steps"):
+            given.append(body)
+        return header, body
+
+    there.up = keep
+    there.run()
+    run = there.folder / "coordinator" / "run"
+    for path in sorted((run / "checkpoints").iterdir()):
+        (shutil.rmtree if path.is_dir() else Path.unlink)(path)
+    (run / "metrics.jsonl").unlink()
+    there.sites.clear()
+    there.run(resume=True)
+    # Rounds 1 and 2 were asked again, as after a loss of all checkpoints, and answered alike, noise and all.
+    assert len(given) == 4
+    assert given[:2] == given[2:]
+    site = there.site(there.names[0])
+    node = site._ready({**Coordinator(there.folder / "coordinator").guard().common})
+    other = {"run": there.run_id, "round": 2, "phase": "local"}
+    with pytest.raises(BadUpdate, match="another message was answered in round 2"):
+        site._see_once(node, other, b"another")
+    site._see_once(node, {**other, "phase": "test"}, b"another")  # Scores bear no noise.
+
+
+def test_a_site_may_keep_its_scores_to_itself(trial: Callable[..., Trial]) -> None:
+    there = trial(sites=2, rounds=1)
+    silent = there.names[0]
+    place = there.folder / "sites" / silent / "policy.yaml"
+    place.write_text(yaml.safe_dump({**yaml.safe_load(place.read_text()), "scores": False}))
+    there.run()
+    assert sorted(there.records[1]["participants"]) == there.names
+    assert list(there.records[1]["validation"]["clients"]) == there.names[1:]
+    refused = [line for line in there.audit if line["verdict"] == "refused"]
+    assert {line["client"] for line in refused} == {silent}
+    assert all("policy's scores allows no scores to leave" in line["reason"] for line in refused)
+
+
+def test_a_task_that_comes_twice_is_worked_on_once(trial: Callable[..., Trial]) -> None:
+    """An answer that was lost is given once more, without the work."""
+    there = trial(sites=1, rounds=1, method="feddyn", evaluation={"every": 0})
+    site, asked, worked = there.site(there.names[0]), [], []
+    work = Node.work
+
+    def counted(self: Node, task: Any, down: Any) -> Any:
+        worked.append(task["phase"])
+        return work(self, task, down)
+
+    def spy(name: str, header: dict[str, Any], body: bytes) -> Answer:
+        asked.append((header, body))
+        return header, body
+
+    there.down = spy
+    Node.work = counted  # type: ignore[method-assign]
+    try:
+        there.run()
+        header, body = next((h, b) for h, b in reversed(asked) if h["kind"] == "task")
+        before = len(worked)
+        guard = Coordinator(there.folder / "coordinator").guard()
+        settings = {n: v for n, v in header["settings"].items() if n != "sent" and n not in guard.common}
+        again, signature = guard.close("task", settings, digest(body))
+        answer, _ = site.answer({"kind": "task", "settings": again, "signature": signature.hex()}, body)
+    finally:
+        Node.work = work  # type: ignore[method-assign]
+    assert len(worked) == before
+    assert answer["settings"]["status"] == "done"
 
 
 def test_a_run_that_can_be_resumed_keeps_its_name(trial: Callable[..., Trial]) -> None:

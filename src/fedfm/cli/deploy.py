@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import signal
 import sys
 import time
@@ -30,6 +31,8 @@ app.add_typer(deploy, name="deploy", rich_help_panel="Deploy")
 Folder = Annotated[Path, typer.Argument(help="The federation's folder, made by [bold]fedfm deploy init[/].")]
 POLL_S = 1.0
 """Seconds between two looks at a run."""
+ASK_S = 15.0
+"""Seconds between two questions to Flower how the run is."""
 SILENT_S = 60.0
 """Seconds for which the coordinator may not answer those who watch."""
 DONE = ("finished:completed", "finished:failed", "finished:stopped")
@@ -210,6 +213,7 @@ def _watch(folder: Path, leave: Callable[[], bool], check: Callable[[], None] = 
 
     shown, said = len(_records(folder)), ""
     silent: float | None = None
+    began, asked = time.time(), -math.inf
     while said not in DONE and not leave():
         time.sleep(POLL_S)
         check()
@@ -218,6 +222,10 @@ def _watch(folder: Path, leave: Callable[[], bool], check: Callable[[], None] = 
         for record in records[shown:]:
             progress.print(_line(record), highlight=False)
         shown = len(records)
+        # Flower's command takes seconds of a processor: it is asked often only when the end is near.
+        if time.monotonic() - asked < ASK_S and not _near_the_end(folder, began):
+            continue
+        asked = time.monotonic()
         try:
             said, silent = processes.status(folder), None
         except FedfmError:
@@ -225,6 +233,16 @@ def _watch(folder: Path, leave: Callable[[], bool], check: Callable[[], None] = 
             if time.monotonic() - silent > SILENT_S:
                 raise
     return said
+
+
+def _near_the_end(folder: Path, began: float) -> bool:
+    """Whether a run that began at ``began`` has written that it ended."""
+    place = folder / "coordinator" / "run"
+    results, status = place / "results.json", place / "status.json"
+    if results.exists() and results.stat().st_mtime > began:
+        return True
+    new = status.exists() and status.stat().st_mtime > began
+    return new and json.loads(status.read_text())["status"] != "completed"  # Then the last scores are still to come.
 
 
 def _records(folder: Path) -> list[dict[str, Any]]:
