@@ -278,6 +278,6 @@ def _finish(folder: Path, ended: str, as_json: bool) -> None:
     if ended == "finished:failed":
         said = json.loads((place / "status.json").read_text()) if (place / "status.json").exists() else {}
         reason = said.get("reason") or f"see {folder / 'logs' / 'superlink.log'}"
-        raise FedfmError(f"the run failed: {reason}")
+        raise FedfmError(f"the run failed: {reason}. Mend that, then go on: fedfm run {folder} --resume")
     progress.print(f"the run is {ended or 'under way'}; look again: fedfm status {folder}", highlight=False)
     raise typer.Exit(STOPPED)

@@ -200,10 +200,11 @@ def secret(path: Path) -> int:
     """
     if not path.exists():
         _create(path, f"{secrets.randbits(63)}\n".encode(), PRIVATE)
-    try:
-        return int(_read(path, closed=True))
-    except ValueError as error:
-        raise StoreError(f"{path} must hold a whole number. Restore it: noise must not be drawn anew.") from error
+    text = _read(path, closed=True).strip()
+    if not text.isdigit():
+        # What stands there is named nowhere: it may be most of the secret.
+        raise StoreError(f"{path} must hold a whole number. Restore it: noise must not be drawn anew.")
+    return int(text)
 
 
 def expires(folder: Path) -> datetime:
