@@ -201,7 +201,7 @@ def test_sites_that_hang_die_starve_or_send_garbage_are_dropped_and_named_in_eac
         "data": recipe().model_dump()["data"] | {"partition": {"kind": "iid", "num_clients": 6}},
     }
     folder = tmp_path / "federation"
-    with running(folder, recipe(**settings), sites=6, patience_s=15.0, least=6) as (processes, names, _):
+    with running(folder, recipe(**settings), sites=6, patience_s=45.0, least=6) as (processes, names, _):
         hangs, dies, starves, garbles, *good = names
         for name, program in ((starves, HUNGRY), (garbles, GARBAGE)):
             processes.kill(f"site-{name}")
@@ -227,7 +227,7 @@ def test_sites_that_hang_die_starve_or_send_garbage_are_dropped_and_named_in_eac
         assert "not one of fedfm" in reasons[garbles] or "signature" in reasons[garbles]
         assert dies in reasons
     first = {d["client"]: d["reason"] for d in records(folder)[1]["dropped"]}
-    assert "no progress for 15 s" in first[hangs] or "not answer" in first[hangs]
+    assert "no progress for 45 s" in first[hangs] or "not answer" in first[hangs]
 
 
 def test_a_full_disk_is_named_on_either_side_and_nothing_is_lost(recipe: Make, tmp_path: Path) -> None:

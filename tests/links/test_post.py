@@ -252,7 +252,7 @@ def test_who_waits_says_for_whom(time: Time) -> None:
 
 def test_a_start_without_enough_sites_ends_and_says_who_is_there(time: Time) -> None:
     _, grid, _ = setup()
-    with pytest.raises(FedfmError, match=r"3 sites must be there, but after 30 s there is ann, bob\."):
+    with pytest.raises(FedfmError, match=r"3 sites must be there, but there is ann, bob, and nobody came for 30 s\."):
         Roll(grid, clock=time).wait(3, patience_s=30.0)
     assert 30 <= time.now < 32
 

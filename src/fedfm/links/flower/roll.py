@@ -74,18 +74,21 @@ class Roll:
         """Return when ``least`` members are there.
 
         Raises:
-            FedfmError: they are not after ``patience_s`` seconds; says who is, and why others were refused.
+            FedfmError: they are not, and nobody came for ``patience_s`` seconds; says who is there, and why others were
+                refused.
         """
-        began = self.clock()
         self.refresh()
+        last, count = self.clock(), len(self.nodes)
         while len(self.nodes) < least:
             there = ", ".join(sorted(self.nodes)) or "nobody"
             self.tell(f"waits for {least} sites to be there; there is {there}")
-            if self.clock() - began > patience_s:
+            if len(self.nodes) > count:
+                last, count = self.clock(), len(self.nodes)
+            if self.clock() - last > patience_s:
                 refused = "".join(f"; node {node} was refused: {why}" for node, why in self.refused.items())
                 raise FedfmError(
-                    f"{least} sites must be there, but after {patience_s:g} s there is {there}{refused}. Start the "
-                    "missing ones, or lower least."
+                    f"{least} sites must be there, but there is {there}, and nobody came for {patience_s:g} s{refused}. "
+                    "Start the missing ones, or lower least."
                 )
             time.sleep(PAUSE_S)
             self.refresh()
