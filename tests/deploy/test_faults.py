@@ -34,12 +34,13 @@ def settled(
     folder: Path, processes: local.Processes, seconds: float = 500, each: Callable[[], None] = lambda: None
 ) -> str:
     """How the run ended, while what ends is started again."""
-    until, said = time.monotonic() + seconds, ""
+    until, said, looked = time.monotonic() + seconds, "", time.monotonic()
     while not said.startswith("finished") and time.monotonic() < until:
-        time.sleep(3)
+        time.sleep(0.3)
         processes.tend()
         each()
-        said = local.status(folder)
+        if time.monotonic() - looked > 5:  # Flower's command takes seconds of a processor.
+            said, looked = local.status(folder), time.monotonic()
     return said
 
 
@@ -83,17 +84,16 @@ def test_a_site_whose_processes_are_killed_again_and_again_loses_nothing(
     with running(folder, recipe(**settings), patience_s=180.0) as (processes, names, _):
 
         def kill() -> None:
-            name = draw.choice(names)
-            node = processes.running[f"node-{name}"]
             if time.monotonic() < due[0] or kills[0] >= 3:
                 return
-            if victim == "clientapp":
-                hit = members(node.pid, "clientapp")
-            elif victim == "supernode":
-                hit = [node.pid]
-            else:
-                hit = [processes.running[f"site-{name}"].pid]
-            for pid in hit:
+            name = draw.choice(names)
+            node = processes.running[f"node-{name}"].pid
+            hit = {
+                "clientapp": [pid for n in names for pid in members(processes.running[f"node-{n}"].pid, "clientapp")],
+                "supernode": [node],
+                "site": [processes.running[f"site-{name}"].pid],
+            }[victim]
+            for pid in hit[:1]:
                 os.kill(pid, signal.SIGKILL)
                 kills[0] += 1
                 due[0] = time.monotonic() + draw.uniform(2, 8)
