@@ -251,6 +251,17 @@ def _records(folder: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in place.read_text().split("\n")[:-1]] if place.exists() else []
 
 
+def _reason(folder: Path) -> str:
+    """Why the latest run failed, as far as it is known."""
+    place = folder / "coordinator" / "run" / "status.json"
+    if place.exists() and (reason := json.loads(place.read_text())["reason"]):
+        return str(reason)
+    log = folder / "coordinator" / "log.jsonl"
+    lines = [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
+    failed = [line["reason"] for line in lines if line["message"] == "run failed"]
+    return failed[-1] if failed else "its process ended without a word; look at the log of the SuperLink"
+
+
 def _waiting(folder: Path) -> dict[str, Any]:
     """What the run waits for, and since when."""
     place = folder / "coordinator" / "waiting.json"
@@ -276,8 +287,7 @@ def _finish(folder: Path, ended: str, as_json: bool) -> None:
         print(json.dumps(results)) if as_json else show(results, place)
         return
     if ended == "finished:failed":
-        said = json.loads((place / "status.json").read_text()) if (place / "status.json").exists() else {}
-        reason = said.get("reason") or f"see {folder / 'logs' / 'superlink.log'}"
+        reason = _reason(folder)
         raise FedfmError(f"the run failed: {reason}. Mend that, then go on: fedfm run {folder} --resume")
     progress.print(f"the run is {ended or 'under way'}; look again: fedfm status {folder}", highlight=False)
     raise typer.Exit(STOPPED)

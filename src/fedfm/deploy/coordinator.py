@@ -6,7 +6,8 @@ import json
 import re
 import time
 import uuid
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -136,6 +137,16 @@ class Coordinator:
         if not resume:
             (self.folder / "run.id").unlink(missing_ok=True)
         logs.begin(self.folder / "log.jsonl")
+
+    @contextmanager
+    def reporting(self) -> Iterator[None]:
+        """Log why a run fails within it: the run folder may be what cannot be written."""
+        try:
+            yield
+        except Exception as error:
+            reason = str(error) or type(error).__name__
+            logs.log.exception("run failed", extra={"about": {"run": self.run_id, "reason": reason}})
+            raise
 
     def tell(self, doing: str) -> None:
         """Note what the run is waiting for, for the log and for those who ask; nothing means that it waits no more."""

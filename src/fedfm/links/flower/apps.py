@@ -82,7 +82,8 @@ def _main(grid: Grid, context: Context) -> None:
     coordinator = Coordinator(Path(str(context.run_config["coordinator"])))
     resume = bool(context.run_config["resume"])
     coordinator.begin(resume)
-    guard = coordinator.guard()
-    roll = Roll(grid, guard, tell=coordinator.tell)
-    roll.wait(coordinator.least, coordinator.settings.patience_s)
-    coordinator.run(roll, over(grid, roll, guard, Delivery(**coordinator.delivery)), resume)
+    with coordinator.reporting():
+        guard = coordinator.guard()
+        roll = Roll(grid, guard, tell=coordinator.tell)
+        roll.wait(coordinator.least, coordinator.settings.patience_s)
+        coordinator.run(roll, over(grid, roll, guard, Delivery(**coordinator.delivery)), resume)
