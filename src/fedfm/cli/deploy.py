@@ -124,7 +124,7 @@ def up(
     else:
         address = f"127.0.0.1:{processes.free_port()}"
         names = bundle.rehearsal(folder, read(recipe, set_ or ()), sites, address)
-    stopped = False
+    began, stopped = time.time(), False
 
     def stop() -> None:
         nonlocal stopped
@@ -144,7 +144,7 @@ def up(
         ended = _watch(folder, lambda: stopped, tend)
         if stopped:
             processes.flwr(folder, "stop", str(processes.current(folder)), "fedfm")
-    _finish(folder, ended, json_)
+    _finish(folder, ended, json_, began)
 
 
 @app.command(rich_help_panel="Deploy")
@@ -152,6 +152,7 @@ def status(folder: Folder, json_: Json = False) -> None:
     """What the latest run is doing: its rounds, who took part, who was dropped and why."""
     from fedfm.deploy import local as processes
 
+    _see_federation(folder)
     said, records = processes.status(folder), _records(folder)
     if json_:
         print(json.dumps({"status": said, "rounds": records, "waiting": _waiting(folder)}))
@@ -166,6 +167,7 @@ def status(folder: Folder, json_: Json = False) -> None:
 @app.command(rich_help_panel="Deploy")
 def log(folder: Folder, lines: Annotated[int, typer.Option(min=1, help="How many of the last lines.")] = 20) -> None:
     """The audit log: who sent what, how many bytes, its hash, and what became of it."""
+    _see_federation(folder)
     place = folder / "coordinator" / "audit.jsonl"
     for line in place.read_text().splitlines()[-lines:] if place.exists() else ():
         print(line)
@@ -176,6 +178,7 @@ def stop(folder: Folder) -> None:
     """Stop the latest run; its last finished round stays, and --resume goes on from there."""
     from fedfm.deploy import local as processes
 
+    _see_federation(folder)
     processes.flwr(folder, "stop", str(processes.current(folder)), "fedfm")
     output.print("stopped", highlight=False)
 
@@ -190,6 +193,7 @@ def start(folder: Path, resume: bool, as_json: bool) -> None:
     """
     from fedfm.deploy import local as processes
 
+    began = time.time()
     processes.submit(folder, resume)
     left = False
 
@@ -199,12 +203,17 @@ def start(folder: Path, resume: bool, as_json: bool) -> None:
 
     with stoppable(leave):
         ended = _watch(folder, lambda: left)
-    _finish(folder, ended, as_json)
+    _finish(folder, ended, as_json, began)
 
 
 def is_federation(folder: Path) -> bool:
     """Whether it is the folder of a federation."""
     return (folder / "coordinator" / "coordinator.yaml").exists()
+
+
+def _see_federation(folder: Path) -> None:
+    if not is_federation(folder):
+        raise RecipeError(f"{folder} is not the folder of a federation. Make one: fedfm deploy init, or deploy up.")
 
 
 def _watch(folder: Path, leave: Callable[[], bool], check: Callable[[], None] = lambda: None) -> str:
@@ -251,14 +260,11 @@ def _records(folder: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in place.read_text().split("\n")[:-1]] if place.exists() else []
 
 
-def _reason(folder: Path) -> str:
-    """Why the latest run failed, as far as it is known."""
-    place = folder / "coordinator" / "run" / "status.json"
-    if place.exists() and (reason := json.loads(place.read_text())["reason"]):
-        return str(reason)
+def _reason(folder: Path, began: float) -> str:
+    """Why a run that began at ``began`` failed, as far as it is known; what was before is another run's."""
     log = folder / "coordinator" / "log.jsonl"
     lines = [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
-    failed = [line["reason"] for line in lines if line["message"] == "run failed"]
+    failed = [line["reason"] for line in lines if line["message"] == "run failed" and line["time"] >= began]
     return failed[-1] if failed else "its process ended without a word; look at the log of the SuperLink"
 
 
@@ -277,7 +283,7 @@ def _line(record: dict[str, Any]) -> str:
     return escape(f"round {record['round']:>3}  {record['seconds']:6.1f} s  {loss:<11}  {there}{dropped}")
 
 
-def _finish(folder: Path, ended: str, as_json: bool) -> None:
+def _finish(folder: Path, ended: str, as_json: bool, began: float) -> None:
     """Print the results of a run that has ended, and exit with a code that tells the truth."""
     from fedfm.cli.run import show
 
@@ -287,7 +293,7 @@ def _finish(folder: Path, ended: str, as_json: bool) -> None:
         print(json.dumps(results)) if as_json else show(results, place)
         return
     if ended == "finished:failed":
-        reason = _reason(folder)
+        reason = _reason(folder, began)
         raise FedfmError(f"the run failed: {reason}. Mend that, then go on: fedfm run {folder} --resume")
     progress.print(f"the run is {ended or 'under way'}; look again: fedfm status {folder}", highlight=False)
     raise typer.Exit(STOPPED)

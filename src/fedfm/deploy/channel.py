@@ -27,6 +27,8 @@ from typing import Any
 
 from fedfm.errors import StoreError
 
+ASKING_S = 30.0
+"""Seconds that the next bytes of a question may take: while one asks, the others wait."""
 BEAT_S = 1.0
 """Seconds between two signs of work."""
 MAX_HEADER = 16 << 20
@@ -61,7 +63,7 @@ def ask(place: Path, header: dict[str, Any], body: bytes, patience_s: float = 0.
             raise StoreError(
                 f"the site process behind {place} shows no progress for {patience_s:g} s. Start it again."
             ) from error
-        except (OSError, EOFError, ValueError) as error:
+        except (OSError, EOFError, ValueError, RecursionError) as error:
             raise StoreError(
                 f"the site process behind {place} does not answer: {error}. Start it: fedfm deploy site {place.parent}"
             ) from error
@@ -94,11 +96,12 @@ def serve(
                 except TimeoutError:
                     continue
                 with line:
-                    line.settimeout(None)
+                    line.settimeout(ASKING_S)
                     try:
                         asked = _receive(line)
-                    except (OSError, EOFError, ValueError):
+                    except (OSError, EOFError, ValueError, RecursionError):
                         continue  # Nothing was asked.
+                    line.settimeout(None)
                     given = answer(*asked, _Beat(line))
                     try:
                         _send(line, *given)

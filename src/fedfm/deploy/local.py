@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from fedfm.deploy import channel
 from fedfm.errors import FedfmError
@@ -262,6 +263,22 @@ def flwr(folder: Path, *words: str) -> str:
     return done.stdout
 
 
+def _found(said: str, key: str) -> Any:
+    """What Flower's command found, which ends well also when it found nothing.
+
+    Raises:
+        FedfmError: it found nothing; says what it said.
+    """
+    try:
+        found = json.loads(said[said.index("{") :])
+    except ValueError:
+        found = {}
+    if key not in found:
+        why = " ".join(str(found.get("error-message") or said).split()) or "nothing"
+        raise FedfmError(f"the SuperLink gave no {key}: {why}. See that it runs, and what its log says.")
+    return found[key]
+
+
 def register(folder: Path, site: str) -> None:
     """Make a site's SuperNode known to the SuperLink, which remembers it over restarts."""
     key = folder / "coordinator" / "sites" / f"{site}.node.pub"
@@ -286,8 +303,7 @@ def submit(folder: Path, resume: bool) -> int:
 
     Coordinator(folder / "coordinator").check(resume)
     words = ("run", str(folder / "app"), "fedfm", "--format", "json", "--run-config", f"resume={str(resume).lower()}")
-    said = flwr(folder, *words)
-    number = int(json.loads(said[said.index("{") :])["run-id"])
+    number = int(_found(flwr(folder, *words), "run-id"))
     (folder / "coordinator" / "flower" / "run").write_text(str(number))
     return number
 
@@ -306,6 +322,5 @@ def current(folder: Path) -> int:
 
 def status(folder: Path) -> str:
     """What Flower says of the latest run, such as ``running`` or ``finished:completed``."""
-    said = flwr(folder, "list", "fedfm", "--run-id", str(current(folder)), "--format", "json")
-    runs = json.loads(said[said.index("{") :])["runs"]
+    runs = _found(flwr(folder, "list", "fedfm", "--run-id", str(current(folder)), "--format", "json"), "runs")
     return str(runs[0]["status"]) if runs else "unknown"

@@ -41,6 +41,8 @@ from fedfm.wire import codec
 from fedfm.wire.local_gaussian import LocalGaussian
 
 _RUN = re.compile(r"[0-9a-f]{32}")
+MOST_MEMBERS = 100_000
+"""Sites of one federation."""
 TRANSPORT = ("put", "part")
 """Kinds of messages that only carry bytes."""
 Given = tuple[dict[str, Any], bytes | None, Path | None]
@@ -237,6 +239,8 @@ class Site:
         run, text, count = str(settings["run"]), str(settings["recipe"]), int(settings["members"])
         if not _RUN.fullmatch(run):
             raise BadUpdate(f"a run is named by 32 hexadecimal digits, not {run!r}")
+        if not 0 < count <= MOST_MEMBERS:
+            raise BadUpdate(f"members must be from 1 to {MOST_MEMBERS}, but {count} were named")
         key = run, digest(text.encode()), count
         if self._node is None or self._node[0] != key:
             self._node = None  # Its model goes before the next one comes.

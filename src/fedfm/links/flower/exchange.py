@@ -25,7 +25,7 @@ from uuid import uuid4
 
 from flwr.app import RecordDict
 
-from fedfm.errors import BadUpdate, StoreError
+from fedfm.errors import BadUpdate
 from fedfm.links.flower.client import packed
 from fedfm.links.flower.envelopes import Parcel, body, sealed
 from fedfm.links.flower.post import Answer, Key, Post
@@ -35,6 +35,8 @@ from fedfm.store.files import writing
 if TYPE_CHECKING:
     from fedfm.deploy.guard import Guard
 
+MOST_LOST = 3
+"""How often a site may lose an update while it is fetched."""
 WINDOW = 4
 """Parts that are on the way at a time."""
 
@@ -80,6 +82,7 @@ class Question:
         reply: the reply whose parts are being fetched.
         size: bytes of those parts.
         file: where they are gathered.
+        lost: how often the site lost them before all were here.
     """
 
     member: str
@@ -92,6 +95,7 @@ class Question:
     reply: Answer | None = None
     size: int = 0
     file: Path | None = None
+    lost: int = 0
 
 
 class Exchange:
@@ -200,7 +204,8 @@ class Exchange:
             self.spool.mkdir(exist_ok=True)
             free = shutil.disk_usage(self.spool).free
         if size > free:
-            raise StoreError(f"{self.spool} has {free} bytes left, but an update has {size}. Free space, then resume.")
+            # Perhaps a lie: it must not end the run of all.
+            raise BadUpdate(f"it claims {size} bytes, but {self.spool} has {free} left")
         question.reply, question.size, question.file = answer, size, self.spool / f"{uuid4().hex}.up"
         with writing(question.file):
             question.file.touch(mode=0o600)
@@ -224,9 +229,11 @@ class Exchange:
     def _again(self, key: Key, question: Question) -> None:
         """The site lost its update before all of it was here, as its process ended: it is asked for it once more."""
         assert question.file
+        if question.lost >= MOST_LOST:
+            raise BadUpdate(f"it lost its update {question.lost + 1} times before all of it was here")
         question.file.unlink()
         self.withdraw(key)
-        self.questions[key] = replace(question, stream=None, reply=None, size=0, file=None)
+        self.questions[key] = replace(question, stream=None, reply=None, size=0, file=None, lost=question.lost + 1)
         self._ask(key)
 
     def _send_part(self, key: Key, at: int) -> None:

@@ -19,6 +19,8 @@ from fedfm.links.flower.envelopes import opened, sealed
 if TYPE_CHECKING:
     from fedfm.deploy.guard import Guard
 
+MOST_EXAMPLES = 10**9
+"""Rows that a member may claim to have."""
 PAUSE_S = 0.2
 """Seconds between two looks for replies."""
 AFTER_SILENCE_S, AFTER_REFUSAL_S, AFTER_ERROR_S = 300.0, 60.0, 5.0
@@ -87,8 +89,8 @@ class Roll:
             if self.clock() - last > patience_s:
                 refused = "".join(f"; node {node} was refused: {why}" for node, why in self.refused.items())
                 raise FedfmError(
-                    f"{least} sites must be there, but there is {there}, and nobody came for {patience_s:g} s{refused}. "
-                    "Start the missing ones, or lower least."
+                    f"{least} sites must be there, but there is {there}, and nobody came for {patience_s:g} s"
+                    f"{refused}. Start the missing ones, or lower least."
                 )
             time.sleep(PAUSE_S)
             self.refresh()
@@ -172,9 +174,11 @@ def introduced(content: Any, guard: Guard | None, signed: bytes) -> Member:
         if "client" not in done:
             raise BadUpdate(f"it does not say who it is: {done.get('reason', 'and not why')}")
         id, examples = done.pop("client"), done.pop("examples")
-        if not (isinstance(id, str) and id and isinstance(examples, int) and examples >= 0):
-            raise BadUpdate(f"it calls itself {id!r} with {examples!r} examples")
+        if not (isinstance(id, str) and id and type(examples) is int and 0 <= examples <= MOST_EXAMPLES):
+            raise BadUpdate(f"it calls itself {id!r:.80} with {examples!r:.40} examples")
+        if odd := [n for n, v in done.items() if type(v) not in (int, float) or not math.isfinite(v)]:
+            raise BadUpdate(f"its {odd[0]!r:.80} is no finite number")
         opened(guard, id, content, signed)
         return Member(id, examples, {name: float(value) for name, value in done.items()})
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
         raise BadUpdate(f"it does not say who it is: {error!r}") from error
