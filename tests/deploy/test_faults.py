@@ -126,6 +126,8 @@ def test_a_run_that_was_lost_goes_on(recipe: Make, tmp_path: Path, victim: str, 
         group = processes.running["superlink"].pid
         for pid in members(group, "serverapp") if victim == "serverapp" else [group]:
             os.kill(pid, signal.SIGKILL)
+        if victim == "superlink":
+            processes.running["superlink"].wait(30)
         processes.tend()
         for name in [n for n in processes._made if n not in processes.running]:
             processes._launch(name)
@@ -136,10 +138,13 @@ def test_a_run_that_was_lost_goes_on(recipe: Make, tmp_path: Path, victim: str, 
     assert same(weights(folder / "coordinator" / "run"), at_home(recipe(**settings), 3, tmp_path / "home"))
 
 
-@pytest.mark.parametrize(("loss", "stall"), [(0.01, 0.0), (0.1, 0.0), (0.5, 0.0), (0.0, 0.1)])
+@pytest.mark.parametrize(("loss", "stall"), [(0.01, 0.0), (0.05, 0.0), (0.0, 0.1)])
 def test_a_wire_that_breaks_or_stalls_changes_nothing(
     recipe: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, loss: float, stall: float
 ) -> None:
+    """A SuperNode whose TLS connection breaks ends itself, and comes back after the minute for which Flower keeps its
+    place. (Messages of which a half is lost: tests/links/test_post.py.)
+    """
     settings: dict[str, Any] = {"method": "feddyn", "rounds": 2, "evaluation": {"every": 0}}
     folder = tmp_path / "federation"
     wires: list[Wire] = []
@@ -151,7 +156,7 @@ def test_a_wire_that_breaks_or_stalls_changes_nothing(
 
     monkeypatch.setattr(local, "start_node", through)
     try:
-        with running(folder, recipe(**settings), patience_s=60.0) as (processes, names, _):
+        with running(folder, recipe(**settings), patience_s=240.0) as (processes, names, _):
             for wire in wires:
                 wire.loss, wire.stall = loss, stall
             local.submit(folder, resume=False)
