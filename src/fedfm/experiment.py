@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import platform
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
@@ -21,11 +24,12 @@ from fedfm.data import Population, Splits, federate
 from fedfm.errors import DataError, RecipeError
 from fedfm.federation import Federation, Outcome
 from fedfm.observe.observer import Observer
-from fedfm.recipe import Recipe
+from fedfm.recipe import Recipe, parse
 from fedfm.store.checkpoint import Checkpoints
 from fedfm.store.clients import ClientStore
 from fedfm.store.files import write_bytes, write_json
 from fedfm.store.folder import RunFolder
+from fedfm.store.plain_yaml import loads
 from fedfm.tasks.causal_lm import NextToken
 from fedfm.tasks.task import Task
 
@@ -97,9 +101,11 @@ class Experiment:
         Returns:
             The content of ``results.json``, or ``{"status": "stopped"}``.
         """
+        cluster = self._cluster()
         folder = RunFolder(self.recipe.folder, resume=resume, overwrite=overwrite)
         try:
-            results = self._run(folder, resume, observers)
+            with cluster:
+                results = self._run(folder, resume, observers)
             folder.finish("completed" if results else "stopped")
         except BaseException as error:
             stopped = isinstance(error, KeyboardInterrupt)
@@ -109,6 +115,29 @@ class Experiment:
             folder.close()
         report.write(folder.path)
         return results or {"status": "stopped"}
+
+    def _cluster(self) -> AbstractContextManager[Any]:
+        """Where the clients' work is done during a run: nothing to prepare, or a Ray cluster."""
+        if not self.recipe.engine.startswith("ray"):
+            return nullcontext()
+        try:
+            from fedfm.links.flower.simulation import Simulation
+        except ImportError as error:
+            raise RecipeError('engine ray needs Flower and Ray: pip install "fedfm[ray]".') from error
+        trainer = self.main.trainer
+        settings = {
+            "engine": "fused" if self.recipe.engine == "ray-fused" else "sequential",
+            "model": self.recipe.model.model_copy(update={"device": trainer.device.type}),
+            "training": {**self.recipe.training, "bf16": trainer.bf16},
+        }
+        recipe = self.recipe.model_copy(update=settings)
+        return Simulation(Elsewhere(recipe.to_yaml(), os.getcwd(), self.identity()), self.runs)
+
+    def identity(self) -> str:
+        """What must be the same wherever clients of this run work: their data, and the packages that make numbers."""
+        packages = [f"{name} {version(name)}" for name in ("fedfm", "torch", "transformers", "peft")]
+        data = json.dumps(self.population.manifest(), sort_keys=True, default=str)
+        return "; ".join([*packages, f"data {hashlib.sha256(data.encode()).hexdigest()[:16]}"])
 
     def _run(
         self, folder: RunFolder, resume: bool, observers: Callable[[Path], Sequence[Observer]]
@@ -195,6 +224,36 @@ class Experiment:
         """Greedy answers of the model with these tensors."""
         someone = View(Member("samples", 0), 0)
         return self.main.trainer.answer(Generate(tensors, tuple(prompts), max_new_tokens), someone)
+
+
+@dataclass(frozen=True)
+class Elsewhere:
+    """Makes the federations of a recipe in another process.
+
+    Args:
+        recipe: as YAML.
+        folder: where relative paths of the recipe begin.
+        identity: of the experiment there, as it must be.
+
+    Raises:
+        RecipeError: data or packages are other ones.
+    """
+
+    recipe: str
+    folder: str
+    identity: str
+
+    def __call__(self) -> dict[str, Federation]:
+        """The federations, by the id of their method."""
+        if Path(self.folder).is_dir():
+            os.chdir(self.folder)
+        experiment = Experiment(parse(loads(self.recipe)))
+        if (identity := experiment.identity()) != self.identity:
+            raise RecipeError(
+                f"the machine {platform.node()} has {identity}, but the run has {self.identity}. Give all machines of "
+                "the cluster the same packages and data."
+            )
+        return experiment.runs
 
 
 def loading(recipe: Recipe, task: Task, label_names: Sequence[str] | None) -> dict[str, Any]:

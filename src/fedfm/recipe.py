@@ -103,7 +103,8 @@ class Recipe(Section):
         screens: which uploads the server takes into account.
         audits: what looks at each round.
         profiles: what clients' devices are like: for each key values, of which each client has one.
-        engine: clients are trained together where that changes nothing, or one after the other.
+        engine: clients are trained together where that changes nothing, or one after the other; with ``ray`` before it
+            by the workers of a Ray cluster, where ``ray`` alone means one after the other.
         references: methods run beside it at the same budget, for comparison.
         samples: dialogues shown before and after training.
     """
@@ -126,7 +127,7 @@ class Recipe(Section):
     schedule: Spec | None = None
     audits: tuple[Spec, ...] = ()
     profiles: dict[str, tuple[float, ...]] = {}
-    engine: Literal["fused", "sequential"] = "fused"
+    engine: Literal["fused", "sequential", "ray", "ray-fused"] = "fused"
     evaluation: dict[str, Any] = {}
     limits: dict[str, Any] = {}
     references: tuple[Spec, ...] = ()
@@ -159,7 +160,7 @@ class Recipe(Section):
             **self._optional("rule", "mean", "schedule"),
             **self._several("stages", "screens", "audits"),
             "profiles": self.profiles,
-            "engine": {"fused": Fused, "sequential": Trainer}[self.engine],
+            "engine": Fused if self.engine in ("fused", "ray-fused") else Trainer,
             "evaluation": parts.build(Evaluation, self.evaluation, "evaluation"),
             "limits": parts.build(Limits, self.limits, "limits"),
             "seed": self.seed,

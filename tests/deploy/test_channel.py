@@ -6,6 +6,7 @@ import socket
 import stat
 import struct
 import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -90,3 +91,34 @@ def test_a_process_that_goes_away_while_it_works_is_noticed(tmp_path: Path) -> N
         with pytest.raises(StoreError, match="does not answer"):
             channel.ask(where, {}, bytes(100))
         thread.join()
+
+
+def test_deep_nonsense_ends_only_its_own_connection(tmp_path: Path) -> None:
+    ended, where = threading.Event(), tmp_path / "site.sock"
+    thread = threading.Thread(target=channel.serve, args=(where, lambda h, b, tell: (h, b), ended.is_set), daemon=True)
+    thread.start()
+    until = time.monotonic() + 10
+    while not channel.present(where) and time.monotonic() < until:
+        time.sleep(0.01)
+    text = b"[" * 100_000
+    with socket.socket(socket.AF_UNIX) as line:
+        line.connect(str(where))
+        line.sendall(struct.pack(">QQ", len(text), 0) + text)
+        line.shutdown(socket.SHUT_WR)
+        assert line.recv(1) == b""
+    assert channel.ask(where, {"x": 1}, b"x", 5)[1] == b"x"
+    ended.set()
+
+
+def test_who_says_nothing_does_not_hold_the_site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(channel, "ASKING_S", 0.5)
+    ended, where = threading.Event(), tmp_path / "site.sock"
+    thread = threading.Thread(target=channel.serve, args=(where, lambda h, b, tell: (h, b), ended.is_set), daemon=True)
+    thread.start()
+    until = time.monotonic() + 10
+    while not channel.present(where) and time.monotonic() < until:
+        time.sleep(0.01)
+    with socket.socket(socket.AF_UNIX) as line:
+        line.connect(str(where))
+        assert channel.ask(where, {"x": 1}, b"x", 5)[1] == b"x"
+    ended.set()

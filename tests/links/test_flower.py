@@ -633,7 +633,7 @@ def test_flower_is_imported_in_one_folder_and_only_its_public_modules() -> None:
             for name in names:
                 if name.split(".")[0] == "flwr":
                     found.setdefault(path.parent.name, set()).add(name)
-    assert found == {"flower": {"flwr.app", "flwr.clientapp", "flwr.serverapp"}}
+    assert found == {"flower": {"flwr.app", "flwr.clientapp", "flwr.serverapp", "flwr.simulation"}}
 
 
 def test_fedfm_does_not_load_flower() -> None:

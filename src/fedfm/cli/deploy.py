@@ -271,7 +271,9 @@ def _reason(folder: Path, began: float) -> str:
 def _waiting(folder: Path) -> dict[str, Any]:
     """What the run waits for, and since when."""
     place = folder / "coordinator" / "waiting.json"
-    found = json.loads(place.read_text()) if place.exists() else {"for": "", "since": time.time()}
+    found: dict[str, Any] = {"for": "", "since": time.time()}
+    if place.exists():
+        found = json.loads(place.read_text())
     return {"for": found["for"], "seconds": round(time.time() - found["since"], 1)}
 
 

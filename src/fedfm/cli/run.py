@@ -23,6 +23,10 @@ Set = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="KEY=VALUE", help="Change a key, such as [bold]training.max_steps=4[/]; repeatable."),
 ]
+Engine = Annotated[
+    str | None,
+    typer.Option("--engine", metavar="ENGINE", help="Where clients work: fused, sequential, ray or ray-fused."),
+]
 Resume = Annotated[bool, typer.Option("--resume", help="Go on from the last finished round in the run folder.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an earlier run in the run folder.")]
 Json = Annotated[bool, typer.Option("--json", help="Print the results as JSON.")]
@@ -34,6 +38,7 @@ def run(
         Path, typer.Argument(help="The recipe, a YAML file; or the folder of a federation.", metavar="RECIPE")
     ],
     set_: Set = None,
+    engine: Engine = None,
     resume: Resume = False,
     overwrite: Overwrite = False,
     json_: Json = False,
@@ -49,14 +54,14 @@ def run(
     from fedfm.cli import deploy
 
     if deploy.is_federation(recipe):
-        if set_ or overwrite:
+        if set_ or engine or overwrite:
             raise RecipeError(
-                f"{recipe} is a federation, whose sites have agreed to its recipe: --set and --overwrite do not go "
-                "with it. Change app/recipe.yaml there, and move coordinator/run away for a new run."
+                f"{recipe} is a federation, whose sites have agreed to its recipe: --set, --engine and --overwrite do "
+                "not go with it. Change app/recipe.yaml there, and move coordinator/run away for a new run."
             )
         deploy.start(recipe, resume, json_)
         return
-    _execute(read(recipe, set_ or ()), resume, overwrite, json_)
+    _execute(_plan(recipe, set_, engine), resume, overwrite, json_)
 
 
 @app.command(rich_help_panel="Train")
@@ -64,6 +69,7 @@ def compare(
     recipe: RecipePath,
     methods: Annotated[str, typer.Option(help="Ids of methods, separated by commas; see [bold]fedfm methods[/].")],
     set_: Set = None,
+    engine: Engine = None,
     resume: Resume = False,
     overwrite: Overwrite = False,
     json_: Json = False,
@@ -75,10 +81,14 @@ def compare(
     wanted = [m.strip() for m in methods.split(",") if m.strip()]
     if len(wanted) < 2 or len(set(wanted)) < len(wanted):
         raise RecipeError(f"--methods takes at least two different ids separated by commas, but got {methods!r}.")
-    plan = read(recipe, set_ or ())
+    plan = _plan(recipe, set_, engine)
     place = plan.output_dir or f"runs/{plan.name}-compare"
     chosen = {"method": wanted[0], "references": tuple(wanted[1:]), "output_dir": place}
     _execute(plan.model_copy(update=chosen), resume, overwrite, json_)
+
+
+def _plan(recipe: Path, set_: Sequence[str] | None, engine: str | None) -> Recipe:
+    return read(recipe, [*(set_ or ()), *([f"engine={engine}"] if engine else [])])
 
 
 def _execute(recipe: Recipe, resume: bool, overwrite: bool, as_json: bool) -> None:

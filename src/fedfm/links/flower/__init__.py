@@ -20,6 +20,7 @@ Private state and tickets are those of :mod:`fedfm.links.node`. At the end of a 
 what was admitted, so that nothing is pending when the run ends; who misses it is told by its next task.
 """
 
+import os
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
@@ -29,6 +30,9 @@ if TYPE_CHECKING:
     from fedfm.links.flower.roll import Roll
     from fedfm.links.flower.server import FlowerLink, over, server_app
     from fedfm.links.node import Node
+
+# Flower reports who uses it, unless told not to before it is first loaded.
+os.environ.setdefault("FLWR_TELEMETRY_ENABLED", "0")
 
 # Loaded when first used: the app in which a site's messages arrive starts for each of them, and needs no torch.
 _HOMES = {

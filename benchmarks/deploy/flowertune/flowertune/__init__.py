@@ -1,0 +1,1 @@
+"""Federated tuning over Flower alone."""
