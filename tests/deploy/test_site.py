@@ -456,6 +456,20 @@ def test_a_task_that_comes_twice_is_worked_on_once(trial: Callable[..., Trial]) 
     assert answer["settings"]["status"] == "done"
 
 
+def test_no_path_of_the_coordinator_is_sent_to_sites(trial: Callable[..., Trial], rows_file: Path) -> None:
+    there = trial(sites=1, rounds=1, evaluation={"every": 0})
+    said: list[str] = []
+
+    def spy(site: str, header: dict[str, Any], body: bytes) -> Answer:
+        said.append(json.dumps(header))
+        return header, body
+
+    there.down = spy
+    there.run()
+    assert len(said) >= 2
+    assert not any(str(rows_file) in text or str(there.folder) in text for text in said)
+
+
 def test_a_run_that_can_be_resumed_keeps_its_name(trial: Callable[..., Trial]) -> None:
     """Private state of the sites lies under it."""
     there = trial(sites=1, rounds=1, method="feddyn")

@@ -263,7 +263,8 @@ def _records(folder: Path) -> list[dict[str, Any]]:
 def _reason(folder: Path, began: float) -> str:
     """Why a run that began at ``began`` failed, as far as it is known; what was before is another run's."""
     log = folder / "coordinator" / "log.jsonl"
-    lines = [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
+    # What stands behind the last end of a line was not written to its end.
+    lines = [json.loads(line) for line in log.read_text().split("\n")[:-1]] if log.exists() else []
     failed = [line["reason"] for line in lines if line["message"] == "run failed" and line["time"] >= began]
     return failed[-1] if failed else "its process ended without a word; look at the log of the SuperLink"
 

@@ -175,10 +175,15 @@ class Coordinator:
         others = {name: keys.public(path) for name, path in self.sites.items()}
         if not others:
             raise RecipeError(f"{self.folder / 'sites'} holds no site's key. Put NAME.pub of each site there.")
+        # Paths of this machine are nobody's business; a site has rows of its own.
+        source = self.recipe.data.source
+        if not isinstance(source, str) and "path" in source:
+            source = {**source, "path": Path(source["path"]).name}
+        data = self.recipe.data.model_copy(update={"source": source})
+        sent = self.recipe.model_copy(update={"output_dir": "run", "samples": 0, "data": data})
         common = {
             "run": self.run_id,
-            # Paths of this machine are nobody's business.
-            "recipe": self.recipe.model_copy(update={"output_dir": "run", "samples": 0}).to_yaml(),
+            "recipe": sent.to_yaml(),
             "members": len(others),
             "labels": list(self.settings.labels),
         }

@@ -222,6 +222,8 @@ def federation(folder: Path, address: str, sites: Sequence[str]) -> Iterator[Pro
     processes = Processes(folder / "logs")
     coordinator = folder / "coordinator"
     home = environment(coordinator / "flower")
+    if reachable(address):
+        raise FedfmError(f"something listens at {address} already. End it, or set listen in coordinator.yaml.")
     try:
         processes.start("superlink", superlink(coordinator, address), home, lambda: reachable(address))
         for site in sites:
