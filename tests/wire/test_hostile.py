@@ -549,7 +549,7 @@ def hostile(changes: Mapping[str, Change], kind: str = "train") -> type[InMemory
 
         def __init__(self, *arguments: Any, **settings: Any) -> None:
             super().__init__(*arguments, **settings)
-            grid: Any = self.grid
+            grid: Any = self.exchange.post.grid
             honest = grid.pull_messages
             names = {number: context.node_config["client"] for number, context in grid.contexts.items()}
 
