@@ -1,6 +1,6 @@
 """Faults of a real federation: processes killed in every phase, messages lost, sites that hang, die or send garbage.
 
-They take minutes: ``pytest -m faults``.
+They take minutes each: ``pytest -m faults``.
 """
 
 from __future__ import annotations

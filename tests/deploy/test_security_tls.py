@@ -29,7 +29,7 @@ from fedfm.deploy import bundle, keys, local
 from fedfm.errors import FedfmError
 from fedfm.recipe import Recipe
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.faults]
 ASKED = b"POST /v1/fleet/activate-node"
 """What a SuperNode says first to a server that it believes."""
 NOT_FOUND = b"HTTP/1.1 404 Not Found\r\nContent-Length: 0\r\nConnection: close\r\n\r\n"

@@ -446,6 +446,7 @@ def test_a_cluster_gives_the_same_bits_and_lets_go_of_endless_work(
 
 
 @pytest.mark.slow
+@pytest.mark.faults
 def test_the_command_line_spreads_a_recipe_and_ctrl_c_ends_it(recipe: dict[str, Any], tmp_path: Path) -> None:
     recipe |= {"rounds": 500, "references": []}
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
