@@ -23,6 +23,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -55,6 +56,12 @@ def main(grid: Grid, context: Context) -> None:
     coordinator = Coordinator(Path(str(context.run_config["coordinator"])))
     asked = json.loads((coordinator.folder / "asked.json").read_text())
     coordinator.begin(resume=False)
+    with coordinator.reporting():
+        asked_and_answered(coordinator, grid, asked)
+
+
+def asked_and_answered(coordinator: Coordinator, grid: Grid, asked: Mapping[str, int]) -> None:
+    """One question with large tensors; writes ``found.json``."""
     guard = coordinator.guard()
     roll = Roll(grid, guard)
     roll.wait(asked["sites"], 120)
@@ -103,7 +110,8 @@ class Mirror(Node):
 def serve(folder: Path) -> None:
     """A site process whose client is a mirror."""
     site = Site(folder)
-    node = Mirror(Member(site.policy.name, 1), None)  # type: ignore[arg-type]
+    worker: Any = SimpleNamespace(stages=(), method=FedAvg())
+    node = Mirror(Member(site.policy.name, 1), worker)
     site._ready = lambda settings: node  # type: ignore[method-assign]
     site._rounds = 1
     channel.serve(site.socket, site.answer, lambda: False)
@@ -161,7 +169,7 @@ def measured(place: Path, size: int, count: int) -> dict[str, Any]:
     )
     folder, address = place / "federation", f"127.0.0.1:{local.free_port()}"
     names = bundle.rehearsal(folder, recipe, count, address)
-    (folder / "app/federation/server.py").write_text("from benchmarks.deploy.payload import app as app\n")
+    (folder / "app/federation/server.py").write_text("from benchmarks.deploy import payload\n\napp = payload.app\n")
     write_json(folder / "coordinator" / "asked.json", {"bytes": size, "sites": count})
     for name in names:
         policy = folder / "sites" / name / "policy.yaml"
@@ -186,7 +194,7 @@ def measured(place: Path, size: int, count: int) -> dict[str, Any]:
                 until = time.monotonic() + 3000
                 while not (said := local.status(folder)).startswith("finished") and time.monotonic() < until:
                     time.sleep(1)
-            assert said == "finished:completed", processes.said("superlink", 60)
+            assert said == "finished:completed", (folder / "coordinator" / "log.jsonl").read_text()
     finally:
         local.start_site = start
     found = json.loads((folder / "coordinator" / "found.json").read_text())
