@@ -23,7 +23,7 @@ test-federation: $(STAMP)-test
 
 # fedfm beside a plain PyTorch loop, TRL, pfl, Flower and NVFlare, then the engine by itself; ratios, into docs/speed.md.
 # Peers are installed into environments of their own. All of it takes hours; one part: make bench-speed SPEED=fused
-SPEED ?= "compare a" "compare b" "compare c" scale overhead fused fedkseed_memory secure profiled
+SPEED ?= "compare a" "compare b" "compare c" scale overhead fused fedkseed_memory secure robust profiled
 bench-speed: $(STAMP)-test
 	for part in $(SPEED); do HF_HUB_OFFLINE=1 $(VENV)/bin/python -m benchmarks.speed.$$part || exit 1; done
 	$(VENV)/bin/python -m benchmarks.speed.page

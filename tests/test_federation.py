@@ -243,7 +243,7 @@ def test_an_oversize_upload_is_dropped(federation: Make) -> None:
 
 def test_a_late_client_is_dropped(federation: Make, people: People) -> None:
     made = federation(FedIT(), rounds=1, evaluation=Evaluation(every=0), limits=Limits(timeout_s=1000))
-    link = made._link
+    link = made.reach
     slow = {"now": 0.0}
 
     def patched(store, trainer):  # type: ignore[no-untyped-def]
@@ -258,7 +258,7 @@ def test_a_late_client_is_dropped(federation: Make, people: People) -> None:
         trainer.answer = work
         return inner
 
-    made._link = patched  # type: ignore[method-assign]
+    made.reach = patched  # type: ignore[method-assign]
     outcome = made.run()
     [dropped] = outcome.records[1]["dropped"]
     assert dropped["client"] == "bob"

@@ -40,6 +40,7 @@ PARTS: dict[str, tuple[str, str, Callable[[Mapping[str, Any], sections.Pictures]
     "overhead": ("The engine beside a plain loop", "python -m benchmarks.speed.overhead", sections.overhead),
     "fedkseed_memory": ("Memory of inference", "python -m benchmarks.speed.fedkseed_memory", sections.seeds),
     "secure": ("Sums of unseen uploads", "python -m benchmarks.speed.secure", sections.unseen),
+    "robust": ("Robust rules", "python -m benchmarks.speed.robust", sections.rules),
     "profile": ("Where the remaining time goes", "python -m benchmarks.speed.profiled", sections.remaining),
 }
 """Result files in the order of the page: heading, what writes the file, and what is said of it."""

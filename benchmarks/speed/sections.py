@@ -268,6 +268,31 @@ def unseen(result: Result, pictures: Pictures) -> Iterator[str]:
         )
 
 
+def rules(result: Result, pictures: Pictures) -> Iterator[str]:
+    """Robust rules beside the plain mean."""
+    yield from prose(
+        f"Uploads of one round, {result['clients']} clients with {result['megabytes']} MB each, {result['hostile']} of",
+        "them hostile; seconds of the rule and of the mean of what it leaves, in turns with the plain mean. Factors",
+        "are those of LoRA, compared by their products. Rules that try uploads on public rows come with an",
+        "evaluation for each upload on top. What the rules do: [attacks.md](attacks.md).",
+    )
+    of: dict[str, dict[str, Any]] = {}
+    for row in result["rows"]:
+        of.setdefault(row["rule"], {})[row["uploads"]] = row
+    shapes = list(dict.fromkeys(row["uploads"] for row in result["rows"]))
+    first = shapes[0]
+    table = []
+    for rule, found in sorted(of.items(), key=lambda item: float(item[1][first]["seconds"])):
+        cells = [found.get(shape) for shape in shapes]
+        told = [
+            text
+            for cell in cells
+            for text in ((f"{cell['seconds']:.2f}", figure(cell["ratio"])) if cell else ("–", "–"))
+        ]
+        table.append((f"`{rule}`", *told))
+    yield from grid(("", *(text for shape in shapes for text in (f"{shape}, s", "times the mean"))), table)
+
+
 def card(result: Result, pictures: Pictures) -> Iterator[str]:
     """Both trainers on a CUDA card."""
     setting = result["setting"]

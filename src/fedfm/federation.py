@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fedfm import composition
-from fedfm.attack.attack import Attack, Poisoned, Probed
+from fedfm import compatibility, composition
+from fedfm.attack.attack import Attack, Poisoned
 from fedfm.attack.threat import Threat
 from fedfm.core import traits
 from fedfm.core.client import View
@@ -20,13 +20,15 @@ from fedfm.core.space import Layout
 from fedfm.core.traits import Trait
 from fedfm.core.update import Member, Tensors
 from fedfm.data.names import Ids
-from fedfm.errors import Incompatible, RecipeError, Stopped
-from fedfm.evaluate.assessment import Assessment, Evaluation, assess
+from fedfm.errors import RecipeError, Stopped
+from fedfm.evaluate.assessment import Assessment, Evaluation
+from fedfm.evaluate.scoring import Scoring
 from fedfm.links.inprocess import InProcess
 from fedfm.links.link import Link
 from fedfm.observe.observer import Observer
 from fedfm.ownership.marking import Marking
 from fedfm.ownership.watermark import Watermark
+from fedfm.privacy import ledger
 from fedfm.privacy.dp_sgd import DPSGD
 from fedfm.robust.screen import Screen
 from fedfm.rounds import Outcome, Rounds
@@ -44,7 +46,6 @@ from fedfm.train.fused import Fused
 from fedfm.train.trainer import Trainer
 from fedfm.value.audit import Audit
 from fedfm.wire.admit import Limits
-from fedfm.wire.gaussian import Gaussian
 from fedfm.wire.stage import Setting, Stage
 
 if TYPE_CHECKING:
@@ -131,7 +132,7 @@ class Federation:
         if self.attack:
             people = Poisoned(people, self.attack)
         self.base_plan = Plan(people, sampler or Uniform(), training or Training(), rounds)
-        self._members = members
+        self.members = members
         self.plan = method.plan(self.base_plan)
         # What the user chose, for other methods on the same clients; what the method brings is added below.
         self.given: dict[str, Any] = self._settled(
@@ -182,6 +183,7 @@ class Federation:
         self.places: Sequence[str] = sorted(self.without.union(self.ids)) if own_places else self.ids
         self.setting = Setting(self.stages, self.plan.sampler, len(self.places))
         self.composition = self.check()
+        self.scoring = Scoring(self)
         self._stop = False
         self._observers: Sequence[Observer] = ()
 
@@ -201,91 +203,7 @@ class Federation:
         Raises:
             Incompatible: they do not.
         """
-        if self.method.spaces and self.space.id not in self.method.spaces:
-            raise Incompatible(
-                f"{type(self.method).__name__} is defined on the space {' or '.join(self.method.spaces)}, not on "
-                f"{self.space.id}. Set space.kind to {self.method.spaces[0]}, or choose fedavg, which takes any space."
-            )
-        if self.method.tasks and self.task.id not in self.method.tasks:
-            raise Incompatible(
-                f"{type(self.method).__name__} is defined on the task {' or '.join(self.method.tasks)}, not on "
-                f"{self.task.id}. Set task.kind to {self.method.tasks[0]}, or choose fedavg, which takes any task."
-            )
-        if self.method.public and not len(self.public):
-            raise RecipeError(
-                f"{type(self.method).__name__} looks at rows that all have, and there are no public rows. Give the run "
-                "some: data.public: 0.05, for one row in twenty; sites of a deployed federation have none in common."
-            )
-        looking: tuple[Screen | Schedule, ...] = (*self.screens, self.schedule)
-        for part in looking:
-            if part.public and not len(self.public):
-                raise RecipeError(
-                    f"{type(part).__name__} judges uploads by rows that the server has, and there are no public "
-                    "rows. Give the run some: data.public: 0.05, for one row in twenty; a deployed federation has none."
-                )
-        for screen in self.screens:
-            screen.fits(self.method, self.space.id)
-            if screen.simulated_only and not self.link.simulated:
-                raise Incompatible(
-                    f"{type(screen).__name__} sees what no server of a real federation sees; it runs only in "
-                    "simulation. Choose a screen that looks at uploads alone, such as geometric-median."
-                )
-        if self.method.simulated_only and not self.link.simulated:
-            raise Incompatible(f"{type(self.method).__name__} sees all clients' data; it runs only in simulation.")
-        if self.attack:
-            self._check_attack(self.attack)
-        parts = {name: getattr(self, name) for name in composition.NOTHING}
-        walked = composition.check(self.method, parts, self.setting)
-        if self.watermark:
-            self._check_watermark(self.watermark)
-        return walked
-
-    def _check_attack(self, attack: Attack) -> None:
-        """See that a threat can be carried out here.
-
-        Raises:
-            Incompatible: it cannot.
-        """
-        threat, who = attack.threat, type(attack.threat).__name__
-        if not (isinstance(self.link, type) and issubclass(self.link, InProcess)):
-            raise Incompatible(
-                f"{who} is for simulations in one process, but clients are reached by {self.link.__name__}. Leave "
-                "threat out: no real client is made hostile."
-            )
-        if threat.tasks and self.task.id not in threat.tasks:
-            raise Incompatible(
-                f"{who} poisons rows of the task {' or '.join(threat.tasks)}, not of {self.task.id}. Choose a threat "
-                "that changes uploads, such as sign-flip."
-            )
-        if threat.knowledge != "local" and not isinstance(self.schedule, Synchronous):
-            raise Incompatible(
-                f"{who} looks at the uploads of a whole round, but {type(self.schedule).__name__} takes them one by "
-                "one. Choose a threat that looks at its own upload only, such as sign-flip."
-            )
-        if lost := sorted(set(attack.hostile) - set(self.ids)):
-            raise Incompatible(
-                f"{who} makes {lost[0]!r} hostile, which is no client of {type(self.method).__name__}: that changes "
-                "who takes part. Choose another method."
-            )
-
-    def _check_watermark(self, watermark: Watermark) -> None:
-        """See that a watermark can be had here.
-
-        Raises:
-            Incompatible: it cannot.
-        """
-        who = type(watermark).__name__
-        for what, own, allowed in (
-            ("task", self.task.id, watermark.tasks),
-            ("space", self.space.id, watermark.spaces),
-        ):
-            if allowed and own not in allowed:
-                raise Incompatible(f"{who} is for the {what} {' or '.join(allowed)}, not for {own}. Leave it out.")
-        if watermark.in_clients and not (isinstance(self.link, type) and issubclass(self.link, InProcess)):
-            raise Incompatible(
-                f"{who} needs clients who keep keys of their own, which only a simulation in one process has. Take the "
-                "watermark waffle, for which clients do nothing."
-            )
+        return compatibility.check(self)
 
     def classes(self) -> int:
         """How many classes the task has; 0 where it has none."""
@@ -331,25 +249,12 @@ class Federation:
     def spent(self, rounds: int) -> dict[str, dict[str, float]]:
         """``epsilon`` and ``delta`` after so many rounds with which ``noise_multiplier``, by whom they protect:
         ``clients`` or single ``examples``."""
-        found: dict[str, dict[str, float]] = {}
-        for stage in self.stages:
-            if isinstance(stage, Gaussian):
-                spent = stage.epsilon(self.plan.sampler, len(self.places), rounds) if rounds else 0.0
-                found["clients"] = _ledger(stage, spent)
-        if self.privacy:
-            members = map(self.plan.members.member, self.ids)
-            spent = self.privacy.epsilon(self.plan.training, members, rounds)
-            found["examples"] = _ledger(self.privacy, spent)
-        return found
+        return ledger.spent(self, rounds)
 
     @property
     def budgets(self) -> dict[str, float]:
         """The most that may be spent, by whom it protects; nothing where there is no bound."""
-        most = {
-            "clients": max((stage.max_epsilon for stage in self.stages if isinstance(stage, Gaussian)), default=0.0),
-            "examples": self.privacy.max_epsilon if self.privacy else 0.0,
-        }
-        return {who: bound for who, bound in most.items() if bound}
+        return ledger.budgets(self.stages, self.privacy)
 
     @cached_property
     def bench(self) -> Bench:
@@ -410,7 +315,7 @@ class Federation:
             given[name] = (*given[name], *part) if isinstance(part, tuple) else part
         other = space is not None and space != self.space
         arguments = self._arguments | given | {"space": space or self.space}
-        return Federation(self.model if other else self.bench, method, self._members, **arguments)
+        return Federation(self.model if other else self.bench, method, self.members, **arguments)
 
     def on(self, members: Members, **changed: Any) -> Federation:
         """The same federation on other clients, with the model that is already in memory; nothing is scored while it
@@ -495,53 +400,11 @@ class Federation:
             phase: which split.
             store: clients' private state; ``None`` when they have none.
         """
-        members = self.base_plan.members
-        link = self._link(store or ClientStore(), self.judge)
-        return self._assess(link, state, phase, members, sorted(members.ids))
-
-    def save(self, state: State, folder: Path) -> None:
-        """Write the global model: a PEFT adapter folder, or a whole model for the full space."""
-        if tensors := self.result(state):
-            self.bench.space.save(tensors, folder)
+        return self.scoring.assess(state, phase, store)
 
     def validate(self, link: Link, state: State) -> Assessment | None:
         """Score the clients that are scored during training."""
-        return self._assess(link, state, "validate", self.plan.members, self._panel)
-
-    def connect(self, store: ClientStore, observers: Sequence[Observer] = ()) -> Link:
-        """The clients as the server reaches them in a run.
-
-        Args:
-            store: their private state.
-            observers: told of steps.
-        """
-        self._stop, self._observers = False, observers
-        return self._link(store, self.trainer)
-
-    @property
-    def shared(self) -> dict[str, Any]:
-        """What the server and the workers of its clients must have alike, as arguments of a link or worker."""
-        return {
-            "stages": self.stages,
-            "secure": self.secure,
-            "seed": self.seed,
-            "layout": self.layout,
-            "hide_metrics": Trait.VISIBLE not in self.composition[-1].after,
-            "timeout_s": self.limits.timeout_s,
-            **({"attack": self.attack} if self.attack else {}),
-            **({"marking": self.marking} if self.watermark and self.watermark.in_clients else {}),
-        }
-
-    def _link(self, store: ClientStore, trainer: Trainer) -> Link:
-        return self.link(self.method, trainer, store, **self.shared, on_step=self.stepped)
-
-    def stepped(self, steps: int) -> None:
-        """Tell observers of optimizer steps of clients; raises ``Stopped`` when the user asked for it."""
-        if self._stop:
-            raise Stopped("stopped by the user")
-        if steps:
-            for observer in self._observers:
-                observer.stepped(steps)
+        return self.scoring.validate(link, state)
 
     def probe(
         self, state: State, phase: str = "test", *, store: ClientStore | None = None, link: Link | None = None
@@ -557,36 +420,45 @@ class Federation:
         Returns:
             ``None`` where no answer is wanted, or nobody has a row to try it on.
         """
-        attack = self.attack
-        if attack is None or not attack.threat.targeted:
-            return None
-        test = phase == "test"
-        members, among = (self.base_plan.members, self._members.ids) if test else (self.plan.members, self._panel)
-        ids = sorted(set(among) - set(attack.hostile))
-        link = link or self._link(store or ClientStore(), self.judge if test else self.trainer)
-        messages = self._messages(state, map(members.member, ids))
-        replies = link.ask(f"probe-{phase}", 0, messages)
-        found = assess(Probed(self.task), (r.update for r in replies if r.update is not None))
-        return found.pooled["attack_success"] if found else None
+        return self.scoring.probe(state, phase, store=store, link=link)
 
-    def _assess(self, link: Link, state: State, phase: str, members: Members, ids: Sequence[str]) -> Assessment | None:
-        messages = self._messages(state, map(members.member, ids))
-        replies = link.ask(phase, 0, messages)
-        return assess(self.task, (r.update for r in replies if r.update is not None))
+    def save(self, state: State, folder: Path) -> None:
+        """Write the global model: a PEFT adapter folder, or a whole model for the full space."""
+        if tensors := self.result(state):
+            self.bench.space.save(tensors, folder)
 
-    def _messages(self, state: State, members: Iterable[Member]) -> dict[Member, Tensors]:
-        """What clients have of the server's state, to be scored with."""
-        messages = {member: self.method.message(state, member) for member in members}
-        return self.marking.dispatched(messages, 0) if self.marking else messages
+    def connect(self, store: ClientStore, observers: Sequence[Observer] = ()) -> Link:
+        """The clients as the server reaches them in a run.
 
-    @cached_property
-    def _panel(self) -> list[str]:
-        """The clients that are scored during training."""
-        if len(self.ids) <= self.evaluation.max_clients:
-            return list(self.ids)
-        return Uniform(count=self.evaluation.max_clients).sample(self.ids, 0, self.seed)
+        Args:
+            store: their private state.
+            observers: told of steps.
+        """
+        self._stop, self._observers = False, observers
+        return self.reach(store, self.trainer)
 
+    @property
+    def shared(self) -> dict[str, Any]:
+        """What the server and the workers of its clients must have alike, as arguments of a link or worker."""
+        return {
+            "stages": self.stages,
+            "secure": self.secure,
+            "seed": self.seed,
+            "layout": self.layout,
+            "hide_metrics": Trait.VISIBLE not in self.composition[-1].after,
+            "timeout_s": self.limits.timeout_s,
+            **({"attack": self.attack} if self.attack else {}),
+            **({"marking": self.marking} if self.watermark and self.watermark.in_clients else {}),
+        }
 
-def _ledger(part: Gaussian | DPSGD, spent: float) -> dict[str, float]:
-    """What stands in a round's record of the noise of a part."""
-    return {"epsilon": spent, "delta": part.delta, "noise_multiplier": part.noise_multiplier}
+    def reach(self, store: ClientStore, trainer: Trainer) -> Link:
+        """The clients, whose jobs a trainer answers."""
+        return self.link(self.method, trainer, store, **self.shared, on_step=self.stepped)
+
+    def stepped(self, steps: int) -> None:
+        """Tell observers of optimizer steps of clients; raises ``Stopped`` when the user asked for it."""
+        if self._stop:
+            raise Stopped("stopped by the user")
+        if steps:
+            for observer in self._observers:
+                observer.stepped(steps)

@@ -237,7 +237,7 @@ def test_the_cosine_does_not_see_lengths_and_lies_between_0_and_2() -> None:
 @pytest.mark.parametrize("label", [0, 1, 2])
 def test_the_label_of_a_single_row_is_always_read(made: Make, label: int, optim: str) -> None:
     case = made(["fox"], training=Training(max_steps=1, learning_rate=1e-2, optim=optim))  # type: ignore[arg-type]
-    case.federation._members.data["ann"]["train"][0]["label"] = label  # type: ignore[attr-defined]
+    case.federation.members.data["ann"]["train"][0]["label"] = label  # type: ignore[attr-defined]
     [leak] = leaks(case, 1)
     with rehearsal(case, leak) as work:
         assert labels(work).tolist() == F.one_hot(torch.tensor([label]), 3).tolist()
@@ -494,7 +494,7 @@ def test_an_attribute_is_found_by_the_gradient_that_it_makes(made: Make, optim: 
 
 def test_an_attribute_that_the_model_does_not_see_is_not_found(made: Make) -> None:
     case = made(["fox", "a", "bees", "no"])
-    data = case.federation._members.data  # type: ignore[attr-defined]
+    data = case.federation.members.data  # type: ignore[attr-defined]
     for split in ("train", "test"):
         for at, row in enumerate(data["ann"][split]):
             row["town"] = ("x", "y")[at % 2]

@@ -182,7 +182,7 @@ def test_a_late_client_is_dropped_and_a_stop_is_heard(federation: Make) -> None:
     late = federation(FedIT(), link=InMemoryFlower, rounds=1, limits=Limits(timeout_s=1e-9))
     assert "late" in late.run().records[1]["dropped"][0]["reason"]
     made = federation(FedIT(), link=InMemoryFlower, evaluation=Evaluation(every=0))
-    link = made._link(ClientStore(), made.trainer)
+    link = made.reach(ClientStore(), made.trainer)
     made.stop()
     with pytest.raises(Stopped):
         list(link.ask("local", 1, dict.fromkeys(map(made.plan.members.member, made.ids), made.bench.space.initial)))

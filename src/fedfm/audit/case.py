@@ -216,7 +216,7 @@ class Case:
             trained = [c for c, coin in zip(self.candidates, inside.tolist(), strict=True) if coin]
             # Another seed: a shadow knows neither the initial draws of clients' batches nor their noise.
             other = seeds.derive(self.seed, "audit", "shadow", number) % 2**31
-            people = Redrawn(self.federation._members, tuple(self.candidates), tuple(trained))
+            people = Redrawn(self.federation.members, tuple(self.candidates), tuple(trained))
             run = self.federation.on(people, seed=other, secret=other)
             found.append(Shadow(run.result(Rounds(run, None, ()).run(False).state), inside))
         return found
@@ -245,7 +245,7 @@ class Case:
         stages = tuple(stage for stage in given["stages"] if not stage.guards)
         if given["privacy"] is None and given["secure"] is None and len(stages) == len(given["stages"]):
             return None
-        run = self.federation.on(self.federation._members, privacy=None, secure=None, stages=stages)
+        run = self.federation.on(self.federation.members, privacy=None, secure=None, stages=stages)
         return replace(self, federation=run, tensors=run.result(Rounds(run, None, ()).run(False).state), _watched={})
 
 

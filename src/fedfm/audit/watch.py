@@ -137,7 +137,7 @@ def watch(federation: Federation, round: int, alter: Alter | None = None) -> Wat
     Raises:
         RecipeError: the run does not get there, as its budget of privacy is spent before.
     """
-    run = federation.on(federation._members)
+    run = federation.on(federation.members)
     found = Watched(run, round)
 
     def listen(phase: str, number: int, message: Tensors, reply: Reply) -> None:

@@ -40,7 +40,7 @@ class Party:
     def __init__(self, round: int, needed: Callable[[int], int]) -> None:
         self.round = round
         self.needed = needed
-        self._step = "keys"
+        self._step, self._quorum = "keys", 0
         self._cipher, self._mask = KeyPair(), KeyPair()
         self._seed = os.urandom(KEY)
 

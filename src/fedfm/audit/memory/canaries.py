@@ -76,7 +76,7 @@ class Canaries(Inference):
     def look(self, case: Case) -> tuple[Finding, ...]:
         birds = {count: [self.bird(case, count, number) for number in range(self.each)] for count in self.repeats}
         rows = [bird.row(case.federation.task) for count, some in birds.items() for bird in some for _ in range(count)]
-        people = case.federation._members
+        people = case.federation.members
         order = seeds.numpy_generator(case.seed, "audit", "canaries").permutation(len(people.ids))
         nest = sorted(people.ids)[int(order[0])]
         run = case.federation.on(Planted(people, nest, rows))
