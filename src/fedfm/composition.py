@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from fedfm.core import traits
+from fedfm.core.mean import WeightedMean
 from fedfm.core.method import Method
 from fedfm.core.plan import Sampler
 from fedfm.core.traits import Part, Trait
@@ -126,6 +127,33 @@ def check(method: Method, parts: Mapping[str, Any], setting: Setting) -> list[tr
                 f"{type(parts['secure']).__name__} takes away. Choose another kind of secure, such as ckks."
             )
     return walked
+
+
+def protecting(method: Method, parts: Mapping[str, Any]) -> dict[str, list[str]]:
+    """Which parts protect, by what they do, whoever brought them; a part of a method's own has the method's name.
+
+    Args:
+        method: the method.
+        parts: as of :func:`check`.
+
+    Returns:
+        ``sums``: single uploads are hidden; ``noise``: clients add noise to each upload, or to their ``summed`` ones
+        alone; ``resists``: what one client can do is bounded, by stages, screens and the mean.
+    """
+
+    def names(some: Iterable[Any]) -> list[str]:
+        return [getattr(part, "id", method.id) for part in some]
+
+    stages = parts["stages"]
+    bounds = (stage for stage in stages if Trait.BOUNDED in stage.gives)
+    mean = parts["mean"]
+    robust = () if mean is None or type(mean) is WeightedMean else (mean,)
+    return {
+        "sums": names([parts["secure"]] if parts["secure"] else ()),
+        "noise": names(stage for stage in stages if stage.secret and not stage.summed),
+        "summed": names(stage for stage in stages if stage.summed),
+        "resists": names((*parts["screens"], *robust, *bounds)),
+    }
 
 
 def refusal(method: Method, parts: Mapping[str, Any], sampler: Sampler, clients: int = 1000) -> str:

@@ -205,6 +205,11 @@ class Federation:
         """
         return compatibility.check(self)
 
+    @property
+    def protecting(self) -> dict[str, list[str]]:
+        """The names of the parts that protect, by what they do (:func:`fedfm.composition.protecting`)."""
+        return composition.protecting(self.method, {name: getattr(self, name) for name in composition.NOTHING})
+
     def classes(self) -> int:
         """How many classes the task has; 0 where it has none."""
         from fedfm.models.load import CLASSIFIERS

@@ -147,6 +147,7 @@ class Rounds:
             "shared_parameters": trees.count(trees.select(initial, federation.method.share)),
             "seen": self.transcript.seen(),
             "simulated": self.transcript.simulated,
+            "protecting": federation.protecting,
         }
 
     def _success(self, state: State, link: Link, due: bool) -> dict[str, float | None]:

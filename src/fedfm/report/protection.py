@@ -1,7 +1,8 @@
 """Who saw what of a run, what that was protected by, and what not.
 
 What was seen is read off the records of the rounds, where a transcript at the link noted what arrived; what protected
-it off the ledger and the recipe. Nothing is said to be hidden because the recipe says that it should be.
+it off the ledger and the parts at work, also those that a method brings. Nothing is said to be hidden because a recipe
+says that it should be.
 """
 
 from __future__ import annotations
@@ -9,22 +10,20 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from fedfm.report.read import Run, kind
+from fedfm.report.read import Run
 from fedfm.report.tables import Cell, Grid
 from fedfm.report.units import amount, figure, plural
 
 SCORES = ("validate", "test", "probe-validate", "probe-test")
 """Tasks that score a model."""
 KINDS = {"delta": "changes of weights", "weights": "weights", "knowledge": "values that the method shares"}
-BOUNDS = ("clip", "adaptive-clip", "norm-bounding", "centered-clipping")
-"""Parts by which one upload moves the mean by so much and no more."""
 NOTHING, NO_TRAVEL = "nothing", "nothing travels"
 OPEN = "single rows: fedfm audit measures what can be learnt of them"
 
 
 def protection(run: Run) -> Grid:
     """A row for each party; no rows where a run has no transcript."""
-    if not any(record.get("seen") for record in run.records):
+    if not any(record.get("seen") for record in run.records) or "protecting" not in run.records[0]:
         return Grid([], [])
     head = ["who", "what they see", "protected by", "not protected"]
     rows = [_server(run), _receivers(run), _hostile(run), *_network(run)]
@@ -68,15 +67,15 @@ def hidden(seen: Mapping[str, Any]) -> str:
 
 
 def _server(run: Run) -> tuple[str, str, str, str]:
-    found, spent = uploads(run), _spent(run)
+    found, spent, noise = uploads(run), _spent(run), _parts(run, "noise")
     sees, by, left = [], [], []
     if found:
         most = max(found, key=lambda seen: seen["values"])
         if ways := {hidden(seen) for seen in found} - {""} if all(map(hidden, found)) else set():
             [way] = ways
             what = f"the sum of {plural(min(s['clients'] for s in found), 'upload')} or more; {HIDDEN[way]}"
-            by.append(f"{kind(run.recipe.get('secure'))}: no upload is readable by itself")
-            if "distributed-gaussian" in _stages(run) and "clients" in spent:
+            by.append(f"{_sums(run)}: no upload is readable by itself")
+            if _parts(run, "summed") and "clients" in spent:
                 by.append(f"noise that clients add, in the sum: {_epsilon(spent['clients'])} for each client")
                 left.append(COALITIONS[way])
             else:
@@ -85,11 +84,10 @@ def _server(run: Run) -> tuple[str, str, str, str]:
             what = f"each client's upload: {amount(most['values'])} values, {KINDS[most['kind']]}{_beside(most)}"
             if "cipher" in most["sealed"]:
                 what = f"of each client's upload the part that is not encrypted{_beside(most)}"
-                by.append(f"{kind(run.recipe.get('secure'))}: the most sensitive coordinates are encrypted")
+                by.append(f"{_sums(run)}: the most sensitive coordinates are encrypted")
                 left.append(f"the other coordinates, each client's by itself; and {COALITIONS['cipher']}")
         sees.append(what)
-        if "local-gaussian" in _stages(run):
-            by.append("noise that each client adds to its upload (no ε is accounted for it)")
+        by += [f"{name}: noise that each client adds to its upload (no ε is accounted for it)" for name in noise]
         if "examples" in spent:
             by.append(f"noise in each client's training: {_epsilon(spent['examples'])} for each example")
         if not by:
@@ -112,16 +110,14 @@ def _receivers(run: Run) -> tuple[str, str, str, str]:
         return who, "nothing of others", NO_TRAVEL, "–"
     spent = _spent(run)
     by = [f"noise: {_epsilon(of)} for each {name.removesuffix('s')}" for name, of in spent.items()]
-    if not by and "local-gaussian" in _stages(run):
+    if not by and _parts(run, "noise"):
         by.append("the noise of all clients (no ε is accounted for it)")
     left = "what many have in common" if spent else OPEN
     return who, "the global model: clients after every round, users after the last", _join(by) or NOTHING, left
 
 
 def _hostile(run: Run) -> tuple[str, str, str, str]:
-    screens = [kind(spec) for spec in run.recipe.get("screens") or ()]
-    mean = kind(run.recipe.get("mean"))
-    by = [*screens, *([mean] if mean else []), *(s for s in _stages(run) if s in BOUNDS)]
+    by = _parts(run, "resists")
     left = "uploads within what is let through" if by else "the mean: one client can turn it anywhere"
     return (
         "hostile clients",
@@ -156,8 +152,13 @@ def _epsilon(of: Mapping[str, float]) -> str:
     return f"ε = {figure(of['epsilon'])} at δ = {of['delta']:.1g}".replace("e-0", "e-")
 
 
-def _stages(run: Run) -> list[str]:
-    return [kind(spec) for spec in run.recipe.get("stages") or ()]
+def _parts(run: Run, does: str) -> list[str]:
+    """The names of the parts at work that do this (:func:`fedfm.composition.protecting`)."""
+    return list(run.records[0]["protecting"][does])
+
+
+def _sums(run: Run) -> str:
+    return _join(_parts(run, "sums"))
 
 
 def _join(parts: Sequence[str]) -> str:
