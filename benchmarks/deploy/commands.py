@@ -169,7 +169,7 @@ def told(said: str, folder: Path) -> str:
 
 def about() -> dict[str, Any]:
     """Machine and versions, for a result file."""
-    from fedfm.experiment import machine
+    from fedfm.results import machine
 
     found = {"python": ".".join(map(str, sys.version_info[:3]))}
     for name in PACKAGES:

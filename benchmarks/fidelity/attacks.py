@@ -22,11 +22,11 @@ from benchmarks.fidelity.trial import bench
 from fedfm import parts
 from fedfm.core.plan import Training
 from fedfm.evaluate import Evaluation
-from fedfm.experiment import machine
 from fedfm.federation import Federation
 from fedfm.matrix import NONE, Matrix
 from fedfm.methods.fedavg import FedAvg
 from fedfm.parts import Spec
+from fedfm.results import machine
 from fedfm.sample import Uniform
 from fedfm.spaces import Space
 

@@ -21,7 +21,7 @@ from fedfm.core import seeds
 from fedfm.data import Chatterbot, Iid, Natural, Partition, Source, federate
 from fedfm.dedup import Deduplication, Exact, Near
 from fedfm.dedup.deduplication import plain
-from fedfm.experiment import machine
+from fedfm.results import machine
 
 RESULTS = Path(__file__).parent / "deduplication.json"
 ROWS, SAME = 10_000, 0.12

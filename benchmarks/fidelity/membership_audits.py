@@ -28,10 +28,10 @@ from fedfm.audit.memory.canaries import Canaries
 from fedfm.core.plan import Training
 from fedfm.data import Chatterbot, Splits, from_rows
 from fedfm.evaluate import Evaluation
-from fedfm.experiment import machine
 from fedfm.federation import Federation
 from fedfm.methods.fedavg import FedAvg
 from fedfm.privacy.dp_sgd import DPSGD
+from fedfm.results import machine
 from fedfm.rounds import Rounds
 from fedfm.secure.secagg import SecAgg
 from fedfm.spaces import Full, LoRA

@@ -26,11 +26,11 @@ from benchmarks.fidelity.trial import federation
 from fedfm.core.client import View
 from fedfm.core.jobs import Fit
 from fedfm.core.update import Member, Tensors
-from fedfm.experiment import machine
 from fedfm.federation import Federation
 from fedfm.ownership import Waffle
 from fedfm.ownership.chance import threshold
 from fedfm.ownership.marking import Marking
+from fedfm.results import machine
 from fedfm.store.files import write_json
 
 HERE = Path(__file__).parent

@@ -36,10 +36,10 @@ from fedfm.core.plan import Training
 from fedfm.core.update import Member
 from fedfm.data import Digits
 from fedfm.evaluate import Evaluation
-from fedfm.experiment import machine
 from fedfm.federation import Federation
 from fedfm.methods.fedavg import FedAvg
 from fedfm.privacy.dp_sgd import DPSGD
+from fedfm.results import machine
 from fedfm.secure.secagg import SecAgg
 from fedfm.spaces import Full, LoRA
 from fedfm.tasks import Classify, ImageClassify

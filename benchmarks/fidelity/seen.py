@@ -27,10 +27,10 @@ from fedfm.core import trees
 from fedfm.core.plan import Training
 from fedfm.core.update import Tensors
 from fedfm.evaluate import Evaluation
-from fedfm.experiment import machine
 from fedfm.federation import Federation
 from fedfm.recipe import parse
 from fedfm.report.protection import hidden
+from fedfm.results import machine
 from fedfm.secure.fixed_point import Ring
 from fedfm.secure.letters import MARK
 

@@ -23,9 +23,9 @@ from fedfm import parts
 from fedfm.core.plan import Training
 from fedfm.errors import FedfmError
 from fedfm.evaluate import Assessment, Evaluation
-from fedfm.experiment import totals
 from fedfm.federation import Federation
 from fedfm.models import load
+from fedfm.results import totals
 from fedfm.rounds import peak_memory_mb
 from fedfm.spaces.space import Space
 from fedfm.store.clients import ClientStore

@@ -23,8 +23,9 @@ from typing import Any
 import torch
 
 from benchmarks.fidelity.scenarios import MINILM, headlines
-from fedfm.experiment import Experiment, machine
+from fedfm.experiment import Experiment
 from fedfm.recipe import Recipe, parse
+from fedfm.results import machine
 from fedfm.store.files import write_json
 from fedfm.unlearning import FedEraser, GradientAscent, Retrain, Unlearning, begin, leave
 

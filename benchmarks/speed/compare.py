@@ -42,7 +42,7 @@ from rich.table import Table
 
 from benchmarks.speed.memory import Watch
 from benchmarks.speed.prepare import HOME
-from fedfm.experiment import machine
+from fedfm.results import machine
 from fedfm.store.files import write_json
 
 HERE = Path(__file__).parent

@@ -22,8 +22,8 @@ from fedfm.core.client import View
 from fedfm.core.jobs import Loss
 from fedfm.data import Chatterbot, Natural, Splits
 from fedfm.evaluate import Evaluation
-from fedfm.experiment import machine
 from fedfm.methods.zeroth.fedkseed import FedKSeed
+from fedfm.results import machine
 from fedfm.spaces import Full
 from fedfm.store.files import write_json
 

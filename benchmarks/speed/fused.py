@@ -28,8 +28,8 @@ from fedfm import CausalLM, LoRA, Training, load
 from fedfm.core.client import View
 from fedfm.core.jobs import Fit, Job, Loss
 from fedfm.core.update import Member
-from fedfm.experiment import machine
 from fedfm.models import Loaded
+from fedfm.results import machine
 from fedfm.train import Trainer
 from fedfm.train.bench import Bench
 from fedfm.train.fused import Fused

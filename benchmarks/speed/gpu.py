@@ -39,8 +39,8 @@ from fedfm.core import seeds
 from fedfm.core.client import View
 from fedfm.core.jobs import Fit
 from fedfm.evaluate import Evaluation
-from fedfm.experiment import machine
 from fedfm.models import Loaded
+from fedfm.results import machine
 from fedfm.store.files import write_json
 from fedfm.train import Trainer
 from fedfm.train.batches import batches

@@ -38,8 +38,8 @@ from fedfm.core.method import Client, Work
 from fedfm.core.update import Tensors, Update
 from fedfm.data import Chatterbot, Iid, Natural
 from fedfm.evaluate import Evaluation
-from fedfm.experiment import machine
 from fedfm.observe import Observer
+from fedfm.results import machine
 from fedfm.store.clients import ClientStore
 from fedfm.tasks.task import collate
 from fedfm.train.batches import batches

@@ -23,7 +23,7 @@ from fedfm import Chat, LoRA, Training, load
 from fedfm.core.client import View
 from fedfm.core.jobs import Fit
 from fedfm.data import Chatterbot, Natural, federate
-from fedfm.experiment import machine
+from fedfm.results import machine
 from fedfm.store.files import write_json
 from fedfm.train.bench import Bench
 from fedfm.train.fused import Fused

@@ -26,7 +26,7 @@ from fedfm.core.mean import WeightedMean
 from fedfm.core.method import Method, State
 from fedfm.core.space import Layout
 from fedfm.core.update import Tensors, Update
-from fedfm.experiment import machine
+from fedfm.results import machine
 from fedfm.robust import Estimator, Sight
 
 HERE = Path(__file__).parent

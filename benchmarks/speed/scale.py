@@ -35,7 +35,7 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.speed.crowd import ENGINES, METHODS, PARTS, Found, rows_of
-from fedfm.experiment import machine
+from fedfm.results import machine
 from fedfm.store.files import write_json
 
 RESULT = Path(__file__).parent / "results" / "scale.json"

@@ -32,7 +32,7 @@ import torch
 
 from fedfm.core.mean import WeightedMean
 from fedfm.core.update import Kind, Tensors, Update
-from fedfm.experiment import machine
+from fedfm.results import machine
 from fedfm.secure.cipher import Parameters
 from fedfm.secure.ckks import CKKS
 from fedfm.secure.fedml_he import FedMLHE

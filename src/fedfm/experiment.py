@@ -6,7 +6,7 @@ import hashlib
 import json
 import os
 import platform
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
@@ -15,22 +15,20 @@ from pathlib import Path
 from typing import Any
 
 from fedfm import parts, report
-from fedfm.core import seeds, trees
 from fedfm.core.client import View
 from fedfm.core.jobs import Generate
 from fedfm.core.method import Method, State
 from fedfm.core.update import Member, Tensors
 from fedfm.data import Population, Splits, federate
 from fedfm.errors import DataError, Incompatible, RecipeError
-from fedfm.evaluate.assessment import Assessment
 from fedfm.federation import Federation, Outcome
 from fedfm.matrix import Matrix
 from fedfm.models.load import CLASSIFIERS
 from fedfm.observe.observer import Observer
 from fedfm.recipe import Recipe, parse
+from fedfm.results import results as compared
 from fedfm.spaces import Space
 from fedfm.store.checkpoint import Checkpoints
-from fedfm.store.clients import ClientStore
 from fedfm.store.files import write_bytes, write_json
 from fedfm.store.folder import RunFolder
 from fedfm.store.plain_yaml import loads
@@ -214,7 +212,7 @@ class Experiment:
                 outcomes[name] = federation.run(place, resume=resume, overwrite=True, observers=watching[name])
             if self._stop or outcomes[name].status == "stopped":
                 return None
-        results = self.results(folder, outcomes)
+        results = compared(self, outcomes, {name: self._place(folder, name) for name in outcomes})
         write_json(folder.path / "results.json", results)
         return results
 
@@ -233,73 +231,6 @@ class Experiment:
             )
         write_json(place, {"summary": self.population.summary(), "manifest": manifest})
         write_bytes(folder.path / "recipe.yaml", self.settled.to_yaml().encode())
-
-    def results(self, folder: RunFolder, outcomes: Mapping[str, Outcome]) -> dict[str, Any]:
-        """The comparison of all runs on the clients' test splits, with samples and totals."""
-        initial = self.main.start()
-        tests, success = {"base": self.main.assess(initial)}, {"base": self.main.probe(initial)}
-        for name, outcome in outcomes.items():
-            store = ClientStore(self._place(folder, name) / "clients")
-            tests[name] = self.runs[name].assess(outcome.state, store=store)
-            success[name] = self.runs[name].probe(outcome.state, store=store)
-        model, space = self.main.bench.loaded, self.main.bench.space
-        return {
-            "status": "completed",
-            "title": self.recipe.title or self.recipe.name,
-            "model": model.name,
-            "method": self.main.method.id,
-            "task": self.main.task.id,
-            "primary": "loss",
-            "parameters": {
-                "total": sum(p.numel() for p in model.model.parameters()),
-                "trainable": trees.count(trees.select(space.initial, self.main.method.train)),
-                "shared": trees.count(trees.select(space.initial, self.main.method.share)),
-            },
-            "runs": {name: totals(outcome) for name, outcome in outcomes.items()},
-            "test": {name: test.to_json() if test else None for name, test in tests.items()},
-            **({"threat": self.main.attack.to_json()} if self.main.attack else {}),
-            **({"attack_success": success} if any(share is not None for share in success.values()) else {}),
-            **({"watermark": self._mark(outcomes)} if self.main.marking else {}),
-            **self._table(tests, success),
-            "samples": self.samples(outcomes[self.main.method.id].state),
-            "final": "final" if self.main.result(outcomes[self.main.method.id].state) else None,
-            "versions": {p: version(p) for p in ("fedfm", "torch", "transformers", "peft")}
-            | {"python": platform.python_version()},
-            "machine": machine(),
-        }
-
-    def _mark(self, outcomes: Mapping[str, Outcome]) -> dict[str, Any]:
-        """How strongly the model can be told by its mark."""
-        assert self.main.marking
-        return self.main.marking.results(outcomes[self.main.method.id].state)
-
-    def _table(
-        self, tests: Mapping[str, Assessment | None], success: Mapping[str, float | None]
-    ) -> dict[str, dict[str, Any]]:
-        """The table of attacks against defences, if there is one."""
-        if not self.matrix:
-            return {}
-        alias = {name: self.main.method.id if run is self.main else name for name, run in self.cells.items()}
-        found = {name: tests.get(run) for name, run in alias.items()}
-        given = {name: success.get(run) for name, run in alias.items()}
-        return {"matrix": self.matrix.table(self.cells, found, given)}
-
-    def samples(self, after: State) -> list[dict[str, str]]:
-        """Answers to some held-out prompts by the model before and after training."""
-        if not (self.main.task.head == "causal_lm" and self.recipe.samples and self.main.result(after)):
-            return []
-        rows: list[tuple[str, Any]] = []
-        order = seeds.numpy_generator(self.recipe.seed, "samples").permutation(len(self.main.ids))
-        for position in order:
-            client = self.main.ids[int(position)]
-            if len(rows) < self.recipe.samples and len(held := self.population.rows(client, "test")):
-                rows.append((client, held[0]))
-        prompts = [self.main.task.prompt(row) for _, row in rows]
-        before, later = self.generate({}, prompts), self.generate(self.main.result(after), prompts)
-        return [
-            {"client": c, "prompt": p, "reference": self.main.task.answer(row), "before": b, "after": a}
-            for (c, row), p, b, a in zip(rows, prompts, before, later, strict=True)
-        ]
 
     def generate(self, tensors: Tensors, prompts: Sequence[str], max_new_tokens: int = 32) -> list[str]:
         """Greedy answers of the model with these tensors."""
@@ -360,23 +291,6 @@ def loading(recipe: Recipe, task: Task, label_names: Sequence[str] | None) -> di
     return arguments | {"label_names": label_names}
 
 
-def totals(outcome: Outcome) -> dict[str, Any]:
-    """What a run cost."""
-    rounds = [r for r in outcome.records if r["round"] > 0]
-    work = [p for r in rounds for p in r["participants"].values()]
-    return {
-        "rounds": len(rounds),
-        "seconds": round(sum(r["seconds"] for r in rounds), 3),
-        "bytes_up": sum(r["bytes_up"] for r in rounds),
-        "bytes_down": sum(r["bytes_down"] for r in rounds),
-        "peak_memory_mb": max(r["peak_memory_mb"] for r in rounds),
-        "client_memory": max((p.get("memory", 0) for p in work), default=0),
-        "aggregation_error": max((r["aggregation_error"] for r in rounds if "aggregation_error" in r), default=None),
-        "steps": sum(p["steps"] for p in work),
-        "dropped": sum(len(r["dropped"]) for r in rounds),
-    }
-
-
 def device(name: str) -> str:
     """The device that ``name`` means; ``auto`` is the first CUDA device if there is one."""
     import torch
@@ -390,18 +304,6 @@ def device(name: str) -> str:
             f"model.device {name!r} cannot be used: {str(error).splitlines()[0]} Use auto or cpu."
         ) from error
     return name
-
-
-def machine() -> dict[str, Any]:
-    """The machine's processor, cores and memory."""
-    cpu = platform.processor() or platform.machine()
-    if (info := Path("/proc/cpuinfo")).exists():
-        names = [
-            line.partition(":")[2].strip() for line in info.read_text().splitlines() if line.startswith("model name")
-        ]
-        cpu = names[0] if names else cpu
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    return {"cpu": cpu, "cores": os.cpu_count(), "memory_gb": round(memory / 1e9, 1)}
 
 
 def trained(folder: Path, federation: Federation) -> State:

@@ -243,7 +243,7 @@ def doctor(json_: Json = False) -> None:
     """Look at this machine: versions, processor, memory, embedded models and data. Fails when something is missing."""
     import torch
 
-    from fedfm.experiment import machine
+    from fedfm.results import machine
     from fedfm.train.precision import bf16_in_hardware
 
     found = machine()
