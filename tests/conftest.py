@@ -71,7 +71,7 @@ def float32() -> Iterator[None]:
     Processes that a test starts are to be told by ``training.bf16``.
     """
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("fedfm.train.trainer.bf16_in_hardware", lambda device: False)
+        patch.setattr("fedfm.train.passes.bf16_in_hardware", lambda device: False)
         yield
 
 

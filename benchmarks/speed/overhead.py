@@ -85,7 +85,7 @@ def plain_loop(federation: Federation, view: View) -> None:
     optimizer = torch.optim.AdamW(parameters, lr=ARGS.learning_rate, weight_decay=0.0, fused=True)
     federation.bench.loaded.model.train()
     for chosen in islice(order, ARGS.max_steps):
-        batch = collate([examples[i] for i in chosen], trainer._pad)
+        batch = collate([examples[i] for i in chosen], trainer.pad)
         losses = trainer.task.losses(trainer.model, batch)
         (losses.total.sum() / losses.count.sum()).backward()
         torch.nn.utils.clip_grad_norm_(parameters, ARGS.max_grad_norm)

@@ -58,10 +58,10 @@ def test_gradients_of_single_examples_are_those_of_autograd() -> None:
     examples = trainer.encoded("c", "train")
     space.load({})
     chosen = space.train_only(("*",))
-    trainer._mode(training=True)
+    trainer.mode(training=True)
     each = []
     for example in examples:
-        losses = trainer._losses([example], collate([example], trainer._pad))
+        losses = trainer.losses([example], collate([example], trainer.pad))
         each.append(torch.autograd.grad((losses.total / losses.count).sum(), list(chosen.values())))
     with private._per_example(space.model, chosen, rowwise=True):
         private._gradients(trainer, Fit({}), examples, torch.arange(len(examples)), chosen)

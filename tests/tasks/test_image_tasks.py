@@ -212,7 +212,7 @@ def test_private_gradients_are_those_of_examples_not_of_texts(clip_folder: Path)
     gradients = []
     for example in own:
         params = one.bench.space.train_only(("*",))
-        loss = trainer._losses([example], collate([example], 0)).total.sum()
+        loss = trainer.losses([example], collate([example], 0)).total.sum()
         found = torch.autograd.grad(loss, list(params.values()), allow_unused=True, materialize_grads=True)
         gradients.append(torch.cat([g.flatten() for g in found]))
     assert all(g.norm() > 1e-3 for g in gradients)

@@ -42,10 +42,10 @@ def test_a_version_of_torch_that_does_not_tell_means_no(monkeypatch: pytest.Monk
 def test_the_hardware_decides_unless_the_user_does(
     llama: Loaded, people: People, asked: bool | None, hardware: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("fedfm.train.trainer.bf16_in_hardware", lambda device: hardware)
+    monkeypatch.setattr("fedfm.train.passes.bf16_in_hardware", lambda device: hardware)
     pair = both(llama, people, training=replace(SGD, bf16=asked), space=LoRA(r=2))
     for trainer in (pair.one, pair.many):
         assert trainer.bf16 is (hardware if asked is None else asked)
-        with trainer._autocast():
+        with trainer.autocast():
             made = torch.ones(2, 2) @ torch.ones(2, 2)
         assert made.dtype == (torch.bfloat16 if trainer.bf16 else torch.float32)

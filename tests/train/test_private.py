@@ -147,13 +147,13 @@ def test_examples_are_drawn_one_by_one() -> None:
     """Of eight examples a batch has four on average, sometimes more and sometimes fewer."""
     run = made(QUIET, training=replace(SGD, max_steps=200, learning_rate=1e-9))
     sizes: list[int] = []
-    losses = run.trainer._losses
+    losses = run.trainer.losses
 
     def noted(examples: Any, *more: Any, **named: Any) -> Any:
         sizes.append(len(examples))
         return losses(examples, *more, **named)
 
-    run.trainer._losses = noted
+    run.trainer.losses = noted
     moved(run, "c")
     # A batch is computed in forwards of at most four, and an empty one in none, which is left out here.
     assert max(sizes) == 4
@@ -165,13 +165,13 @@ def test_rows_that_hold_nothing_to_learn_do_not_make_the_others_more_likely() ->
     """The account knows rows alone: of eight, each is in a batch of four in half of the steps, were there but three."""
     run = made(QUIET, training=replace(SGD, max_steps=200, learning_rate=1e-9))
     sizes: list[int] = []
-    losses, few = run.trainer._losses, run.trainer.encoded("c", "train")[:3]
+    losses, few = run.trainer.losses, run.trainer.encoded("c", "train")[:3]
 
     def noted(examples: Any, *more: Any, **named: Any) -> Any:
         sizes.append(len(examples))
         return losses(examples, *more, **named)
 
-    run.trainer._losses = noted
+    run.trainer.losses = noted
     run.trainer._encoded = lambda id, split: few
     moved(run, "c")
     assert sum(sizes) == pytest.approx(200 * 3 / 2, rel=0.12)

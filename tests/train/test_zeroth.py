@@ -289,14 +289,14 @@ def test_a_batch_in_parts_is_a_batch(federation: Make) -> None:
 def test_steps_and_batches_are_those_of_a_fit(full: Trainer, monkeypatch: pytest.MonkeyPatch) -> None:
     full.training = replace(FAST, max_steps=3)
     batches: list[list[list[int]]] = [[], []]
-    losses = full._losses
+    losses = full.losses
     for at, job in enumerate((Fit({}), Descend({}, coefficients=torch.zeros(1), epsilon=1e-3))):
 
         def noted(examples: list[Any], batch: Any, at: int = at, **others: Any) -> Any:
             batches[at].append(batch.input_ids.tolist())
             return losses(examples, batch, **others)
 
-        monkeypatch.setattr(full, "_losses", noted)
+        monkeypatch.setattr(full, "losses", noted)
         assert full.answer(job, view(full)).steps == 3
     assert batches[1] == [batch for batch in batches[0] for _ in range(2)]
 

@@ -54,12 +54,12 @@ class Words(Job):
         examples = trainer.encoded(client.member.id, "train")
         found: list[Any] = [None] * len(examples)
         trainer.space.load(self.tensors, self.patches)
-        trainer._mode(training=False)
-        for chunk in trainer._chunks(examples):
+        trainer.mode(training=False)
+        for chunk in trainer.chunks(examples):
             chosen = [examples[i] for i in chunk]
-            batch = collate(chosen, trainer._pad).to(trainer.device)
+            batch = collate(chosen, trainer.pad).to(trainer.device)
             wanted = batch.target.flatten()[batch.places + 1]
-            with torch.no_grad(), trainer._autocast():
+            with torch.no_grad(), trainer.autocast():
                 nats, right = _judged(trainer, batch, wanted)
             counts = (batch.target[:, 1:] != IGNORE).sum(1).tolist()
             parts = (t.cpu().split(counts) for t in (wanted, nats, right))
@@ -142,10 +142,10 @@ class Toward(Job):
         chosen = trainer.space.train_only(tuple(self.change))
         change = {name: wide(self.change[name]).to(trainer.device) for name in chosen}
         length = sum(float(t.double().pow(2).sum()) for t in change.values()) ** 0.5
-        trainer._mode(training=False)
+        trainer.mode(training=False)
         found = []
         for example in trainer.encoded(client.member.id, "train"):
-            losses = trainer._losses([example], collate([example], trainer._pad))
+            losses = trainer.losses([example], collate([example], trainer.pad))
             (losses.total / losses.count.clamp_min(1)).sum().backward()
             own = {name: wide(p.grad) for name, p in chosen.items() if p.grad is not None}
             dot = sum(float((own[name] * change[name]).double().sum()) for name in own)
@@ -170,7 +170,7 @@ class Entering(Job):
     def run(self, trainer: Trainer, client: Client) -> list[torch.Tensor]:
         """The answer."""
         trainer.space.load(self.tensors, self.patches)
-        trainer._mode(training=False)
+        trainer.mode(training=False)
         found: list[torch.Tensor] = []
 
         def note(module: torch.nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
@@ -180,7 +180,7 @@ class Entering(Job):
         try:
             with torch.no_grad():
                 for example in trainer.encoded(client.member.id, "train"):
-                    trainer._losses([example], collate([example], trainer._pad))
+                    trainer.losses([example], collate([example], trainer.pad))
         finally:
             handle.remove()
         return found
@@ -204,8 +204,8 @@ class Sampled(Job):
         """The answer."""
         tokenizer, found = trainer.loaded.tokenizer, []
         trainer.space.load(self.tensors, self.patches)
-        trainer._mode(training=False)
-        with torch.random.fork_rng(devices=trainer._cuda()), torch.no_grad(), trainer._autocast():
+        trainer.mode(training=False)
+        with torch.random.fork_rng(devices=trainer.cuda()), torch.no_grad(), trainer.autocast():
             seeds.seed_torch(self.seed, trainer.device)
             for prompt in self.prompts:
                 text = trainer.task.render(prompt, trainer.loaded)
@@ -217,7 +217,7 @@ class Sampled(Job):
                     temperature=1.0,
                     top_k=0,
                     top_p=1.0,
-                    pad_token_id=trainer._pad,
+                    pad_token_id=trainer.pad,
                 )
                 found.append(tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))
         return found

@@ -44,14 +44,14 @@ class Sensitivity(Job):
     def run(self, trainer: Trainer, client: Client) -> Update:
         """The map of a client, with its number of examples."""
         trained = trainer.answer(Fit(self.tensors, train=self.train, purpose="sensitivity"), client).tensors
-        rows = trainer._some(client, "train")
+        rows = trainer.examples(client, "train")
         trainer.space.load(trained)
         chosen = trainer.space.train_only(self.train)
-        trainer._mode(training=False)
+        trainer.mode(training=False)
         found = {name: torch.zeros_like(parameter) for name, parameter in chosen.items()}
         for place in torch.randperm(len(rows), generator=client.draw("sensitivity"))[: self.examples].tolist():
-            batch = collate([rows[place]], trainer._pad)
-            loss = trainer._losses([rows[place]], batch).total.sum() / trainer._supervised(batch.target)
+            batch = collate([rows[place]], trainer.pad)
+            loss = trainer.losses([rows[place]], batch).total.sum() / trainer._supervised(batch.target)
             loss.backward()
             for name, parameter in chosen.items():
                 if parameter.grad is not None:

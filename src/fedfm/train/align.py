@@ -62,11 +62,11 @@ class Align(Job):
     def run(self, trainer: Trainer, client: Client) -> Fitted:
         """Do the steps."""
         args, loaded = trainer.training, trainer.loaded
-        examples = trainer._some(client, self.split)
+        examples = trainer.examples(client, self.split)
         trainer.space.load(self.tensors, self.patches)
         chosen = trainer.space.train_only(self.train)
         rate = trainer.learning_rate(client.round) * self.rate
-        optimizer = trainer._optimizer(list(chosen.values()), rate)
+        optimizer = trainer.optimizer(list(chosen.values()), rate)
         order = batches(
             list(map(len, examples)),
             args.per_device_train_batch_size,
@@ -75,11 +75,11 @@ class Align(Job):
         )
         entry = attrgetter(loaded.architecture.blocks)(loaded.model)[self.above]
         total, seen = 0.0, 0
-        trainer._mode(training=False)
+        trainer.mode(training=False)
         for _ in range(self.max_steps):
             group = list(islice(order, args.gradient_accumulation_steps))
             for places in group:
-                batch = collate([examples[i] for i in places], trainer._pad, trainer.device)
+                batch = collate([examples[i] for i in places], trainer.pad, trainer.device)
                 with torch.no_grad(), _replaced(chosen, trainer.space.initial):
                     whole = _forward(trainer, entry, batch)
                 with shortened(loaded, self.short):
@@ -126,7 +126,7 @@ def _forward(trainer: Trainer, entry: nn.Module, batch: Batch) -> Seen:
 
     handle = entry.register_forward_pre_hook(see, with_kwargs=True)
     try:
-        with trainer._autocast():
+        with trainer.autocast():
             output = trainer.loaded.model(input_ids=batch.input_ids, attention_mask=batch.mask)
     finally:
         handle.remove()

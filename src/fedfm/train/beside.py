@@ -62,7 +62,7 @@ class FitBeside(Job):
 
     def run(self, trainer: Trainer, client: Client) -> Fitted:
         """A ``Fit`` whose criterion sees the scores of both classifiers, one after the other."""
-        targets = torch.stack([example.target for example in trainer._some(client, "train")])
+        targets = torch.stack([example.target for example in trainer.examples(client, "train")])
         adapter = Adapter(*(tensor.to(trainer.device) for tensor in self.adapter))
 
         def loss(scores: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
@@ -100,13 +100,13 @@ class FitAdapter(Job):
 
     def run(self, trainer: Trainer, client: Client) -> Fitted:
         """Note what enters the head, then do the steps."""
-        args, examples = trainer.training, trainer._some(client, "train")
+        args, examples = trainer.training, trainer.examples(client, "train")
         with _headed(trainer, self.head, lambda states, scores: states):
             states = trainer.answer(Predict(self.tensors, patches=self.patches), client).to(trainer.device)  # [N, D]
         targets = torch.stack([example.target for example in examples]).to(trainer.device)
         adapter = Adapter(*(nn.Parameter(tensor.to(trainer.device, copy=True)) for tensor in self.adapter))
         rate = trainer.learning_rate(client.round)
-        optimizer = trainer._optimizer(list(adapter), rate)  # type: ignore[arg-type]
+        optimizer = trainer.optimizer(list(adapter), rate)  # type: ignore[arg-type]
         steps = trainer.steps(Fit({}, max_steps=self.max_steps), client, len(examples))
         order = batches(
             list(map(len, examples)),

@@ -36,19 +36,19 @@ class Entropy(Job):
     @torch.no_grad()
     def run(self, trainer: Trainer, client: Client) -> torch.Tensor:
         """Run the model without dropout."""
-        examples = trainer._some(client, self.split)
+        examples = trainer.examples(client, self.split)
         trainer.space.load(self.tensors, self.patches)
-        trainer._mode(training=False)
+        trainer.mode(training=False)
         found = torch.zeros(len(examples))
-        for chunk in trainer._chunks(examples):
+        for chunk in trainer.chunks(examples):
             chosen = [examples[i] for i in chunk]
             if chosen[0].target.dim() == 0:
-                found[chunk] = uncertainty(trainer._logits(chosen, collate(chosen, trainer._pad))).cpu()
+                found[chunk] = uncertainty(trainer.logits(chosen, collate(chosen, trainer.pad))).cpu()
             else:
                 # One by one: scores of all words at all tokens of a batch would take much memory.
                 for i in chunk:
-                    batch = collate([examples[i]], trainer._pad, trainer.device)
-                    with trainer._autocast():
+                    batch = collate([examples[i]], trainer.pad, trainer.device)
+                    with trainer.autocast():
                         logits = trainer.loaded.model(**trainer.task.inputs(batch)).logits
                     found[i] = uncertainty(logits).mean().cpu()
             trainer.pulse(0)
@@ -70,13 +70,13 @@ class Fisher(Job):
 
     def run(self, trainer: Trainer, client: Client) -> Tensors:
         """One gradient for each example, without dropout."""
-        examples = trainer._some(client, self.split)
+        examples = trainer.examples(client, self.split)
         trainer.space.load(self.tensors, self.patches)
         chosen = trainer.space.train_only(self.train)
-        trainer._mode(training=False)
+        trainer.mode(training=False)
         found = {name: torch.zeros_like(parameter) for name, parameter in chosen.items()}
         for example in examples:
-            losses = trainer._losses([example], collate([example], trainer._pad))
+            losses = trainer.losses([example], collate([example], trainer.pad))
             (losses.total / losses.count).sum().backward()
             for name, parameter in chosen.items():
                 if parameter.grad is not None:

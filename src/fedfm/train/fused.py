@@ -144,7 +144,7 @@ class Fused(Trainer):
         if isinstance(job, Loss):
             if type(self.task).measure is not Task.measure:
                 return None  # What is measured beside the loss may run the model more than once.
-            chunks = self._chunks(examples)
+            chunks = self.chunks(examples)
             return (Loss,), _Lane(at, job, client, examples, len(chunks), round(mean * len(chunks[0])))
         assert isinstance(job, Fit)
         if (self._random and self.packer is None) or args.optim not in ("adamw_torch", "sgd"):
@@ -176,13 +176,13 @@ class Fused(Trainer):
             for c, lane in enumerate(lanes)
         ]
         rate = self.learning_rate(first.client.round) * first.job.rate
-        optimizer = self._optimizer(list(chosen.values()), rate)
+        optimizer = self.optimizer(list(chosen.values()), rate)
         orders = [self._order(lane) for lane in lanes]
         draws = self._draws([(lane.client.round, lane.client.member.id, lane.job.purpose) for lane in lanes])
         sums = torch.zeros(len(lanes), dtype=torch.float64, device=self.device)  # read when a client is done
         fitted: list[Fitted] = []
         left = len(lanes)
-        self._mode(training=True)
+        self.mode(training=True)
         with self.stacked.holding(stacks):
             for step in range(first.turns):
                 live = sum(lane.turns > step for lane in lanes)
@@ -239,9 +239,9 @@ class Fused(Trainer):
     def _score(self, lanes: list[_Lane]) -> list[Scores]:
         assert self.stacked is not None
         stacks = self._stack(lanes)
-        chunks = [self._chunks(lane.examples) for lane in lanes]
+        chunks = [self.chunks(lane.examples) for lane in lanes]
         left = len(lanes)
-        self._mode(training=False)
+        self.mode(training=False)
         with self.stacked.holding(stacks), torch.no_grad():
             for turn in range(lanes[0].turns):
                 live = sum(lane.turns > turn for lane in lanes)
@@ -260,7 +260,7 @@ class Fused(Trainer):
         The task is given the model's output for the client's rows alone, as tallies cannot be told apart afterwards.
         """
         examples = [e for chunk in chunks for e in chunk]
-        batch = collate(examples, self._pad)
+        batch = collate(examples, self.pad)
         whole, shown = self.model, batch.to(self.device)
         model = Taken(whole.model, shown)
         body = Taken(whole.body, shown) if whole.body is not None else None
@@ -279,13 +279,13 @@ class Fused(Trainer):
             own = batch.part(part).to(self.device)
             for taken in filter(None, (model, body)):
                 taken.show(own, part)
-            with self._autocast():
+            with self.autocast():
                 yield self.task.losses(given, own)
 
     def _tall_losses(self, chunks: list[list[Example]], draws: Draws | None = None) -> Losses:
         """Losses of all clients' rows, one below the other."""
         examples = [e for chunk in chunks for e in chunk]
-        return self._losses(examples, collate(examples, self._pad), list(map(len, chunks)), draws)
+        return self.losses(examples, collate(examples, self.pad), list(map(len, chunks)), draws)
 
     def _packing(self, batch: Batch, rows: Sequence[int] | None, draws: Draws | None) -> Packing | None:
         packing = super()._packing(batch, rows, draws)

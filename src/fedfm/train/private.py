@@ -45,7 +45,7 @@ def fit(trainer: Trainer, privacy: DPSGD, secret: int, job: Fit, client: Client)
     from opacus.optimizers import DPOptimizer
 
     args, space = trainer.training, trainer.space
-    examples = trainer._some(client, job.split)
+    examples = trainer.examples(client, job.split)
     space.load(job.tensors, job.patches)
     chosen = space.train_only(job.train)
     start = trees.clone(chosen)
@@ -57,15 +57,15 @@ def fit(trainer: Trainer, privacy: DPSGD, secret: int, job: Fit, client: Client)
     draw = seeds.generator(secret, *names, "examples")
     noise = torch.Generator(trainer.device).manual_seed(seeds.derive(secret, *names, "noise"))
     optimizer = DPOptimizer(
-        trainer._optimizer(list(chosen.values()), lr),
+        trainer.optimizer(list(chosen.values()), lr),
         noise_multiplier=privacy.noise_multiplier,
         max_grad_norm=privacy.max_grad_norm,
         expected_batch_size=size,
         generator=noise,
     )
-    trainer._mode(training=True)
+    trainer.mode(training=True)
     unseen = True
-    with torch.random.fork_rng(devices=trainer._cuda()), _per_example(space.model, chosen, trainer.task.rowwise):
+    with torch.random.fork_rng(devices=trainer.cuda()), _per_example(space.model, chosen, trainer.task.rowwise):
         seeds.seed_torch(seeds.derive(trainer.seed, *names, "dropout"), trainer.device)
         for _ in range(count):
             drawn = torch.rand(len(examples), generator=draw) < share
@@ -129,11 +129,11 @@ def _gradients(
 
 def _loss(trainer: Trainer, job: Fit, examples: list[Example], places: torch.Tensor) -> torch.Tensor:
     """The mean losses of the examples, added up."""
-    made = collate(examples, trainer._pad)
+    made = collate(examples, trainer.pad)
     if job.criterion is None:
-        losses = trainer._losses(examples, made)
+        losses = trainer.losses(examples, made)
         return (losses.total / losses.count.clamp_min(1)).sum()
-    return job.criterion(trainer._logits(examples, made), places).sum()
+    return job.criterion(trainer.logits(examples, made), places).sum()
 
 
 def _see(chosen: Mapping[str, nn.Parameter], count: int, agree: float) -> None:

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
-from functools import cached_property, singledispatchmethod
+from contextlib import contextmanager, nullcontext
+from functools import singledispatchmethod
 from itertools import islice
-from operator import attrgetter
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
 
 from fedfm.core import seeds, trees
 from fedfm.core.jobs import (
@@ -33,14 +31,13 @@ from fedfm.core.update import Tensors
 from fedfm.errors import DataError, FedfmError
 from fedfm.privacy.dp_sgd import DPSGD
 from fedfm.spaces.space import Attached
-from fedfm.tasks.task import Batch, Example, Losses, Task, TaskModel, collate
+from fedfm.tasks.task import Example, Task, collate
 from fedfm.train import private
 from fedfm.train.batches import Encoded, batches
 from fedfm.train.depth import shortened
-from fedfm.train.dropout import Draws
 from fedfm.train.held import Held
-from fedfm.train.packing import Packer, Packing
-from fedfm.train.precision import bf16_in_hardware
+from fedfm.train.packing import Packer
+from fedfm.train.passes import Passes
 from fedfm.train.trunk import Trunk
 
 if TYPE_CHECKING:
@@ -51,7 +48,7 @@ def _no_pulse(steps: int) -> None:
     """Nobody watches."""
 
 
-class Trainer:
+class Trainer(Passes):
     """Answers jobs with the plain loop: load the client's tensors, run its batches, read the tensors back.
 
     The optimizer state is fresh in each ``Fit``, as in FedAvg. Random draws (batches, dropout) are functions of
@@ -90,31 +87,20 @@ class Trainer:
         rounds: int = 1,
         pulse: Callable[[int], None] = _no_pulse,
     ) -> None:
-        self.loaded = loaded
-        self.space = space
-        self.task = task
-        self.training = training
+        # Rows that share a sequence have no gradients of their own.
+        packer = None if privacy else packer
+        super().__init__(loaded, space, task, training, trunk=trunk, packer=packer, seed=seed)
         self.data = data
         self.privacy = privacy
-        self.seed = seed
         self.secret = seed if secret is None else secret
         self.rounds = rounds
         self.pulse = pulse
-        self.device = next(space.model.parameters()).device
-        self.bf16 = bf16_in_hardware(self.device) if training.bf16 is None else training.bf16
-        split = loaded.split
-        body, head = (attrgetter(split.body), attrgetter(split.head)) if split else (None, None)
-        self.model = TaskModel(loaded.model, body and body(loaded.model), head and head(loaded.model))
         self.public = public
         self.instead: Mapping[tuple[str, str], str] = {}
         """By (client, split), the split that is meant instead: in simulations of clients that poison their rows."""
         self._encoded: Callable[[str, str], list[Example]] = Encoded(
             lambda client, part: task.encode(self.rows(client, part), loaded)
         )
-        self.trunk = trunk
-        self.packer = None if privacy else packer  # Rows that share a sequence have no gradients of their own.
-        self._pad = loaded.tokenizer.pad_token_id if loaded.tokenizer is not None else 0
-        self._short = False
 
     @property
     def group(self) -> int:
@@ -198,14 +184,14 @@ class Trainer:
         if self.privacy and job.split == "train":
             return private.fit(self, self.privacy, self.secret, job, client)
         args = self.training
-        examples = self._some(client, job.split)
+        examples = self.examples(client, job.split)
         self.space.load(job.tensors, job.patches)
         start = trees.select({n: p.detach() for n, p in self.space.parameters.items()}, job.train)
         if job.terms:
             start = trees.clone(start)
         chosen = self.space.train_only(job.train)
         rate = self.learning_rate(client.round) * job.rate
-        optimizer = self._optimizer(list(chosen.values()), rate)
+        optimizer = self.optimizer(list(chosen.values()), rate)
         held = Held(chosen, job.masks or {})
         steps = self.steps(job, client, len(examples))
         names = (client.round, client.member.id, job.purpose)
@@ -217,19 +203,19 @@ class Trainer:
         )
         loss_sum, seen = torch.zeros((), dtype=torch.float64, device=self.device), 0
         draws = self._draws([names])
-        self._mode(training=True)
-        with torch.random.fork_rng(devices=self._cuda()):
+        self.mode(training=True)
+        with torch.random.fork_rng(devices=self.cuda()):
             seeds.seed_torch(seeds.derive(self.seed, *names, "dropout"), self.device)
             for _ in range(steps):
                 places = list(islice(order, args.gradient_accumulation_steps))
                 group = [[examples[i] for i in chunk] for chunk in places]
-                batched = [collate(chunk, self._pad) for chunk in group]
+                batched = [collate(chunk, self.pad) for chunk in group]
                 supervised = sum(self._supervised(batch.target) for batch in batched)
                 for k, (chunk, batch) in enumerate(zip(group, batched, strict=True)):
                     if job.criterion is None:
-                        loss = self._losses(chunk, batch, draws=draws).total.sum() / supervised
+                        loss = self.losses(chunk, batch, draws=draws).total.sum() / supervised
                     else:
-                        logits = self._logits(chunk, batch, draws)
+                        logits = self.logits(chunk, batch, draws)
                         loss = job.criterion(logits, torch.tensor(places[k])).sum() / sum(map(len, places))
                     loss_sum += loss.detach().double()  # read at the end: a GPU should not be waited for
                     for term in job.terms if k == 0 else ():
@@ -249,16 +235,16 @@ class Trainer:
     @_do.register
     def gradient(self, job: Gradient, client: Client) -> Gradients:
         """The gradient over the whole split, batch after batch, without dropout."""
-        examples = self._some(client, job.split)
+        examples = self.examples(client, job.split)
         self.space.load(job.tensors, job.patches)
         chosen = self.space.train_only(job.train)
-        self._mode(training=False)
-        chunks = [[examples[i] for i in chunk] for chunk in self._chunks(examples)]
-        batched = [collate(chunk, self._pad) for chunk in chunks]
+        self.mode(training=False)
+        chunks = [[examples[i] for i in chunk] for chunk in self.chunks(examples)]
+        batched = [collate(chunk, self.pad) for chunk in chunks]
         supervised = sum(self._supervised(batch.target) for batch in batched)
         loss_sum = 0.0
         for chunk, batch in zip(chunks, batched, strict=True):
-            loss = self._losses(chunk, batch).total.sum() / supervised
+            loss = self.losses(chunk, batch).total.sum() / supervised
             loss.backward()
             loss_sum += float(loss.detach())
             self.pulse(0)
@@ -270,14 +256,14 @@ class Trainer:
     @_do.register
     def predict(self, job: Predict, client: Client) -> torch.Tensor:
         """Class scores of every example, in the order of the split."""
-        examples = self._some(client, job.split)
+        examples = self.examples(client, job.split)
         self.space.load(job.tensors, job.patches)
-        self._mode(training=False)
+        self.mode(training=False)
         rows: list[torch.Tensor] = [torch.empty(0)] * len(examples)
-        for chunk in self._chunks(examples):
+        for chunk in self.chunks(examples):
             chosen = [examples[i] for i in chunk]
             with torch.no_grad():
-                logits = self._logits(chosen, collate(chosen, self._pad)).float().cpu()
+                logits = self.logits(chosen, collate(chosen, self.pad)).float().cpu()
             for i, row in zip(chunk, logits, strict=True):
                 rows[i] = row
             self.pulse(0)
@@ -295,12 +281,12 @@ class Trainer:
         total, count = torch.zeros(len(examples)), torch.zeros(len(examples), dtype=torch.long)
         tallies = []
         self.space.load(job.tensors, job.patches)
-        self._mode(training=False)
-        for chunk in self._chunks(examples):
+        self.mode(training=False)
+        for chunk in self.chunks(examples):
             chosen = [examples[i] for i in chunk]
             mixed = nullcontext() if job.gate is None else self.space.gated(job.gate[chunk])
             with torch.no_grad(), mixed:
-                losses = self._losses(chosen, collate(chosen, self._pad), held_out=job.split in ("validation", "test"))
+                losses = self.losses(chosen, collate(chosen, self.pad), held_out=job.split in ("validation", "test"))
             total[chunk] = losses.total.float().cpu()
             count[chunk] = losses.count.cpu()
             tallies.append({name: tensor.cpu() for name, tensor in losses.tally.items()})
@@ -313,11 +299,11 @@ class Trainer:
         tokens, ``[N, D]``."""
         examples = self.encoded(client.member.id, job.split)
         self.space.load(job.tensors, job.patches)
-        self._mode(training=False)
+        self.mode(training=False)
         rows: list[torch.Tensor] = [torch.empty(0)] * len(examples)
-        with torch.no_grad(), self._autocast():
-            for chunk in self._chunks(examples):
-                batch = collate([examples[i] for i in chunk], self._pad, self.device)
+        with torch.no_grad(), self.autocast():
+            for chunk in self.chunks(examples):
+                batch = collate([examples[i] for i in chunk], self.pad, self.device)
                 pooled = self.task.features(self.model, batch).cpu()
                 for i, row in zip(chunk, pooled, strict=True):
                     rows[i] = row
@@ -328,19 +314,19 @@ class Trainer:
         """Greedy continuations of the prompts, one prompt at a time so that no padding can change them."""
         tokenizer = self.loaded.tokenizer
         self.space.load(job.tensors, job.patches)
-        self._mode(training=False)
+        self.mode(training=False)
         texts = []
         for prompt in job.prompts:
             inputs = tokenizer(self.task.render(prompt, self.loaded), return_tensors="pt", add_special_tokens=False).to(
                 self.device
             )
-            with torch.no_grad(), self._autocast():
+            with torch.no_grad(), self.autocast():
                 output = self.loaded.model.generate(
                     **inputs,
                     max_new_tokens=job.max_new_tokens,
                     do_sample=False,
                     use_cache=True,
-                    pad_token_id=self._pad,
+                    pad_token_id=self.pad,
                 )
             texts.append(tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True).strip())
             self.pulse(0)
@@ -352,120 +338,9 @@ class Trainer:
         draw = seeds.generator(self.seed, client.round, client.member.id, "call", job.function.__qualname__)
         return job.function(self.rows(client.member.id, job.split), draw)
 
-    def _some(self, client: Client, split: str) -> list[Example]:
+    def examples(self, client: Client, split: str) -> list[Example]:
         """The examples of a split, at least one."""
         if examples := self.encoded(client.member.id, split):
             return examples
         what = "training" if split == "train" else split
         raise DataError(f"client {client.member.id!r} has no {what} example from which there is something to learn")
-
-    def _logits(self, examples: list[Example], batch: Batch, draws: Draws | None = None) -> torch.Tensor:
-        """Class scores of a batch, ``[B, K]``."""
-        if batch.target.dim() != 1:
-            raise DataError(f"class scores are for classification; the task {self.task.id!r} has no classes")
-        with self._cheaply(examples, batch, draws=draws):
-            batch = batch.to(self.device)
-            return self.task.scores(self.model, batch)
-
-    def _losses(
-        self,
-        examples: list[Example],
-        batch: Batch,
-        rows: Sequence[int] | None = None,
-        draws: Draws | None = None,
-        held_out: bool = False,
-    ) -> Losses:
-        """The task's losses.
-
-        Args:
-            examples: of the batch.
-            batch: the same, padded, in the processor's memory.
-            rows: of each client; one client's unless given.
-            draws: dropout masks; from torch's own generator unless given.
-            held_out: whether all is measured that the task measures of held-out rows.
-        """
-        with self._cheaply(examples, batch, rows, draws):
-            judge = self.task.measure if held_out else self.task.losses
-            return judge(self.model, batch.to(self.device))
-
-    @contextmanager
-    def _cheaply(
-        self, examples: list[Example], batch: Batch, rows: Sequence[int] | None = None, draws: Draws | None = None
-    ) -> Iterator[None]:
-        """Within it, the model runs from the lowest tuned block on where what enters it is kept, without padding, in
-        bfloat16, as far as each may be."""
-        with ExitStack() as stack:
-            stack.enter_context(self._autocast())
-            if self.trunk and not self._short:
-                stack.enter_context(self.trunk.skipped(self.trunk.of(examples)))
-            packing = self._packing(batch, rows, draws)
-            if self.packer and packing:
-                stack.enter_context(self.packer.packed(packing, self.trunk.first if self.trunk else 0))
-            if draws is not None:
-                stack.enter_context(draws)
-            yield
-
-    def _packing(self, batch: Batch, rows: Sequence[int] | None, draws: Draws | None) -> Packing | None:
-        """How a batch is packed; ``None`` when it is not, because little would be saved."""
-        if self.packer is None or self._short or self.space.by_row or (len(batch.lengths) == 1 and draws is None):
-            return None
-        packing = Packing.of(batch, rows or [len(batch.lengths)], self.packer.looks_back, draws, self.device)
-        if draws is not None:
-            draws.packing = packing
-        return packing if packing.pays() else None
-
-    @cached_property
-    def _random(self) -> bool:
-        """Whether training draws dropout masks."""
-        config = vars(self.loaded.model.config).items()
-        return any(isinstance(m, nn.Dropout) and m.p > 0 for m in self.space.model.modules()) or any(
-            # The dropout of summaries belongs to a head of GPT-2 that no task here has.
-            "drop" in name and not name.startswith("summary") and isinstance(value, float) and value > 0
-            for name, value in config
-        )
-
-    def _draws(self, names: Sequence[tuple[int, str, str]]) -> Draws | None:
-        """Dropout masks of clients, by (round, client, purpose); ``None`` where the model draws them in its own way."""
-        if not self._random or self.packer is None or self._short:
-            return None
-        found = []
-        for name in names:
-            draw = torch.Generator(self.device)
-            draw.manual_seed(seeds.derive(self.seed, *name, "dropout"))
-            found.append(draw)
-        return Draws(found)
-
-    def _chunks(self, examples: list[Example]) -> list[list[int]]:
-        """Indices in batches of similar length."""
-        order = sorted(range(len(examples)), key=lambda i: len(examples[i]))
-        size = self.training.per_device_eval_batch_size
-        return [order[at : at + size] for at in range(0, len(order), size)]
-
-    @staticmethod
-    def _supervised(target: torch.Tensor) -> int:
-        """Supervised positions: of classes ``[B]`` all, of next tokens ``[B, T]`` those after the first."""
-        return len(target) if target.dim() == 1 else int((target[:, 1:] != -100).sum())
-
-    def _optimizer(self, parameters: list[torch.nn.Parameter], rate: float) -> torch.optim.Optimizer:
-        args = self.training
-        if args.optim == "sgd":
-            return torch.optim.SGD(parameters, lr=rate, weight_decay=args.weight_decay)
-        return torch.optim.AdamW(
-            parameters,
-            lr=rate,
-            betas=(args.adam_beta1, args.adam_beta2),
-            eps=args.adam_epsilon,
-            weight_decay=args.weight_decay,
-            fused=True,
-        )
-
-    def _mode(self, training: bool) -> None:
-        # Walking all modules costs as much as a small step, so it is done only when the mode changes.
-        if self.loaded.model.training != training:
-            self.loaded.model.train(training)
-
-    def _autocast(self) -> AbstractContextManager[None]:
-        return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.bf16)
-
-    def _cuda(self) -> list[torch.device]:
-        return [self.device] if self.device.type == "cuda" else []

@@ -97,9 +97,9 @@ class Descend(Displaced):
     def run(self, trainer: Trainer, client: Client) -> Fitted:
         """Do the steps. Dropout is off, as both losses of a step must be those of one function."""
         args = trainer.training
-        examples = trainer._some(client, self.split)
+        examples = trainer.examples(client, self.split)
         self.place(trainer)
-        trainer._mode(training=False)
+        trainer.mode(training=False)
         steps = trainer.steps(Fit({}, max_steps=self.max_steps), client, len(examples))
         rate = trainer.learning_rate(client.round) * self.rate
         names = (client.round, client.member.id, self.purpose)
@@ -139,8 +139,8 @@ class Descend(Displaced):
         """The loss of a batch, given in parts: the mean over its supervised positions, in nats."""
         total, supervised = 0.0, 0
         for chunk in group:
-            batch = collate(chunk, trainer._pad)
-            total += float(trainer._losses(list(chunk), batch).total.double().sum())
+            batch = collate(chunk, trainer.pad)
+            total += float(trainer.losses(list(chunk), batch).total.double().sum())
             supervised += trainer._supervised(batch.target)
         return total / supervised
 

@@ -180,7 +180,7 @@ class Rehearsal:
         target = torch.zeros(len(rows), dtype=torch.long)
         if self.words is None:
             return Batch.of(torch.zeros(len(rows), 0, dtype=torch.long), lengths, target, inputs[list(rows)]).to(device)
-        pad = self.reader._pad
+        pad = self.reader.pad
         ids = torch.full((len(rows), inputs.shape[1]), pad)
         ids[torch.arange(inputs.shape[1]) < lengths[:, None]] = (pad + 1) % len(self.words.weight)
         return Batch.of(ids, lengths, target).to(device)
@@ -209,7 +209,7 @@ class Rehearsal:
             apart = -unit(flat, dim=1) @ unit(table, dim=1).T
         else:
             apart = table.square().sum(1) - 2 * flat @ table.T  # up to a constant of each row
-        apart[:, self.reader._pad] = torch.inf
+        apart[:, self.reader.pad] = torch.inf
         ids = apart.argmin(1).view(inputs.shape[:2]).cpu()
         return [row[: len(one)] for row, one in zip(ids, self.leak.rows, strict=True)]
 
@@ -266,7 +266,7 @@ def rehearsal(case: Case, leak: Leak) -> Iterator[Rehearsal]:
     args, model = reader.training, reader.loaded.model
     reader.space.load({n: t for n, t in leak.exposed.start.items() if n in reader.space.parameters})
     reader.space.train_only(tuple(n for n in leak.exposed.change if n in reader.space.parameters))
-    reader._mode(training=False)
+    reader.mode(training=False)
     plain = args.optim == "sgd" and run.privacy is None
     norm = float(length([t.double() for t in leak.exposed.change.values()]))
     bounds = [s.max_norm for s in run.stages if isinstance(s, Clip)]

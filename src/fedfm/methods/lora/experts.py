@@ -73,13 +73,13 @@ class Embed(Job):
     @torch.no_grad()
     def run(self, trainer: Trainer, client: Client) -> dict[str, torch.Tensor]:
         """One forward over some examples."""
-        space, examples = trainer.space, trainer._some(client, self.split)
+        space, examples = trainer.space, trainer.examples(client, self.split)
         if not isinstance(space, AttachedExperts):
             raise ModelError("only the space experts has routers")
         draw = seeds.generator(trainer.seed, client.round, client.member.id, "embed")
         chosen = torch.randperm(len(examples), generator=draw)[: max(1, round(self.fraction * len(examples)))]
         space.load(self.tensors, self.patches)
-        trainer._mode(training=False)
+        trainer.mode(training=False)
         sums: dict[str, torch.Tensor] = {}
         tokens: dict[str, torch.Tensor] = {}
         mask = torch.ones(0)
@@ -89,9 +89,9 @@ class Embed(Job):
             sums[stem] = sums.get(stem, torch.zeros(())) + (x.float() * real[..., None]).flatten(0, -2).sum(0).cpu()
             tokens[stem] = tokens.get(stem, torch.zeros(())) + real.sum().cpu()
 
-        with space.watched(see), trainer._autocast():
+        with space.watched(see), trainer.autocast():
             for few in chosen.split(trainer.training.per_device_eval_batch_size):
-                batch = collate([examples[i] for i in few], trainer._pad, trainer.device)
+                batch = collate([examples[i] for i in few], trainer.pad, trainer.device)
                 mask = batch.mask
                 trainer.loaded.model(input_ids=batch.input_ids, attention_mask=batch.mask)
                 trainer.pulse(0)

@@ -57,13 +57,13 @@ class States(Job):
 
     def run(self, trainer: Trainer, client: Client) -> torch.Tensor:
         """Run the model without its head, and without dropout."""
-        examples = trainer._some(client, "train")
+        examples = trainer.examples(client, "train")
         trainer.space.load(self.tensors, self.patches)
-        trainer._mode(training=False)
+        trainer.mode(training=False)
         found: list[torch.Tensor] = [torch.empty(0)] * len(examples)
-        with torch.no_grad(), trainer._autocast():
-            for chunk in trainer._chunks(examples):
-                batch = collate([examples[i] for i in chunk], trainer._pad, trainer.device)
+        with torch.no_grad(), trainer.autocast():
+            for chunk in trainer.chunks(examples):
+                batch = collate([examples[i] for i in chunk], trainer.pad, trainer.device)
                 inputs = {"input_ids": batch.input_ids, "attention_mask": batch.mask}
                 layers = trainer.loaded.model.base_model(**inputs, output_hidden_states=True).hidden_states
                 pooled = torch.cat([self._pooled(states.float(), batch) for states in layers], 1)
