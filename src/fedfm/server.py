@@ -42,6 +42,7 @@ class RoundServer:
         state: the state at its beginning.
         screens: what screens keep, by their names; replaced when a round's uploads were screened.
         kept: what stages keep, by their positions; replaced when the mean is released.
+        summed: what stages sent beside uploads that were summed unseen, in sum.
     """
 
     federation: Federation
@@ -58,6 +59,7 @@ class RoundServer:
     bytes_up: int = 0
     bytes_down: int = 0
     exactness: Exactness | None = None
+    summed: Tensors = field(default_factory=dict)
     _beside: dict[str, Tensors] = field(default_factory=dict)
     _expected: Tensors | None = None
 
@@ -73,6 +75,11 @@ class RoundServer:
     def stages(self) -> tuple[Stage, ...]:
         """The stages as they are in this round."""
         return tuple(stage.at(self.kept.get(i, {})) for i, stage in enumerate(self.federation.stages))
+
+    @property
+    def told(self) -> Tensors:
+        """What clients must know of the stages in this round, beside the method's message."""
+        return {f"@{i}:{n}": t for i, stage in enumerate(self.stages) for n, t in stage.told().items()}
 
     @property
     def private(self) -> bool:
@@ -102,7 +109,7 @@ class RoundServer:
         except NoUpdates:
             zeros = {name: torch.zeros_like(t) for name, t in (self._expected or self.space.initial).items()}
             mean = Update(zeros, weight=0.0, kind=federation.method.sends, member="mean")
-        beside = trees.total(of for member, of in self._beside.items() if member in self.took_part)
+        beside = self.summed or trees.total(of for member, of in self._beside.items() if member in self.took_part)
         setting = replace(
             federation.setting, stages=self.stages, secret=federation.secret, memory=self.kept, beside=beside, kept={}
         )
@@ -194,7 +201,7 @@ class RoundServer:
     def _admitted(self, phase: str, messages: Mapping[Member, Tensors], round: int) -> Iterator[Update]:
         needed = min(self.federation.limits.min_clients, len(messages)) if phase in self.federation.method.phases else 0
         accepts, count = [], 0
-        told = {f"@{i}:{n}": t for i, stage in enumerate(self.stages) for n, t in stage.told().items()}
+        told = self.told
         sent = {member: {**message, **told} for member, message in messages.items()} if told else messages
         for reply in self.link.ask(phase, round, sent):
             update = self._usable(reply, phase, messages[reply.member])
