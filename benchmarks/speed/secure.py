@@ -36,7 +36,7 @@ from fedfm.results import machine
 from fedfm.secure.cipher import Parameters
 from fedfm.secure.ckks import CKKS
 from fedfm.secure.fedml_he import FedMLHE
-from fedfm.secure.fixed_point import BESIDE, length
+from fedfm.secure.fixed_point import BESIDE
 from fedfm.secure.holder import Holder
 from fedfm.secure.hub import Hub
 from fedfm.secure.letters import of_bytes, of_numbers, of_texts, texts_in
@@ -114,7 +114,7 @@ def masked(protocol: Masked, clients: int, values: int, gone: set[int]) -> dict[
     graph = protocol.graph(clients)
     code, needed = protocol.fixed_point, protocol.needed(len(graph[0]) + 1)
     ring = code.ring(clients)
-    hub = Hub(1, [f"{i:03}" for i in range(clients)], graph, needed, length(like), ring)
+    hub = Hub(1, [f"{i:03}" for i in range(clients)], graph, needed, code.length(like), ring)
     parties = [client(Party, 1, protocol.needed) for _ in range(clients)]
     up = down = 0
 
@@ -134,7 +134,7 @@ def masked(protocol: Masked, clients: int, values: int, gone: set[int]) -> dict[
     masks = clients * (len(graph[0]) + 1) * values
     made = alive if masks <= MOST_MASKS else alive[:SOME]
     some: list[Tensors] = []
-    expected = np.zeros(length(like), np.int64)
+    expected = np.zeros(code.length(like), np.int64)
     for place, i in enumerate(alive):
         client(parties[i].meet, present)
         if place < len(made):
@@ -186,7 +186,7 @@ def encrypted(protocol: CKKS, clients: int, values: int, gone: set[int]) -> dict
     alive = [i for i in range(clients) if i not in gone]
     made = alive if clients * count <= MOST_ENCRYPTED else alive[:SOME]
     some: list[Tensors] = []
-    expected = np.zeros(length(like), np.int64)
+    expected = np.zeros(code.length(like), np.int64)
     up = sized(of_bytes("keys", keys[0]))
     for place, i in enumerate(alive):
         client(holders[i].meet, marks)

@@ -36,7 +36,7 @@ from fedfm.secure.secagg import SecAgg
 from fedfm.secure.secure import Secure
 from fedfm.store.clients import ClientStore
 from fedfm.train import Fused, Trainer
-from fedfm.wire import QSGD, AdaptiveClip, Clip, Gaussian, LocalGaussian, TopK
+from fedfm.wire import QSGD, Clip, Gaussian, LocalGaussian, TopK
 from fedfm.wire.stage import Sender
 from tests.secure.links import Wire
 from tests.secure.test_secure_runs import SGD, Half, Losing, Quantised, crowd, same
@@ -439,10 +439,6 @@ def test_shares_of_noise_add_up_to_that_of_the_sum() -> None:
         ({"schedule": Buffered(buffer=2)}, r"Buffered needs VISIBLE \(.*\), which CKKS takes away"),
         ({"stages": (TopK(fraction=0.5),)}, r"CKKS needs DENSE \(.*\), which TopK takes away\. All coordinates"),
         ({"stages": (QSGD(),)}, "CKKS sums numbers, but QSGD packs them into another form. Leave it out"),
-        (
-            {"stages": (AdaptiveClip(), Gaussian(noise_multiplier=1.0))},
-            "CKKS lets the server see a sum alone, but A",
-        ),
         ({"sampler": Uniform(count=2)}, "CKKS needs at least 3 clients in a round, but the sampler draws 2 of 3"),
         (
             {"members": crowd(1200)},
@@ -450,7 +446,7 @@ def test_shares_of_noise_add_up_to_that_of_the_sum() -> None:
             "47 that are exact under encryption. Lower bits or max_weight",
         ),
     ],
-    ids=["screen", "buffered", "topk", "qsgd", "adaptive", "two", "many"],
+    ids=["screen", "buffered", "topk", "qsgd", "two", "many"],
 )
 def test_what_it_does_not_go_with(federation: Make, changes: dict[str, Any], words: str) -> None:
     with pytest.raises(RecipeError, match=words):

@@ -33,7 +33,7 @@ from fedfm.secure.letters import MARK, of_bytes, of_numbers
 from fedfm.secure.selector import Selector, digest, inside, plain_ring, share, top
 from fedfm.secure.sensitivity import Sensitivity
 from fedfm.train import Fused, Trainer
-from fedfm.wire import Clip, Gaussian, LocalGaussian
+from fedfm.wire import AdaptiveClip, Clip, Gaussian, LocalGaussian
 from tests.conftest import People
 from tests.secure.links import Wire
 from tests.secure.test_secure_runs import SGD, Half, Losing, Quantised, crowd, same
@@ -403,11 +403,32 @@ def test_who_cannot_train_is_dropped(federation: Make) -> None:
             "secure: ckks, which encrypts everything, or leave Gaussian out",
         ),
         ({"stages": (Clip(0.05), LocalGaussian(std=0.1))}, "and no epsilon of LocalGaussian counts that choice"),
+        (
+            {"stages": (AdaptiveClip(0.05), Gaussian(0.5)), "sampler": Poisson(rate=1.0)},
+            "and no epsilon of Gaussian counts that choice. Use secure: ckks",
+        ),
     ],
 )
 def test_noise_that_would_not_count_the_choice(federation: Make, changes: dict[str, Any], words: str) -> None:
     with pytest.raises(Incompatible, match=words):
         federation(FedIT(), **changes)
+
+
+def test_a_method_that_does_not_say_what_it_uploads_has_no_map(federation: Make) -> None:
+    class Silent(FedIT):
+        def expects(self, phase: str, message: Tensors) -> None:
+            return None
+
+    study = FedMLHE().study("secure/map", Silent())
+    assert study
+    with pytest.raises(BadUpdate, match="Silent does not say which tensors it uploads in answer to this message"):
+        study(View(Member("ann", 6), 1), {})
+    assert [FedMLHE().study(phase, FedIT()) for phase in ("secure/keys", "secure/choose", "local")] == [None] * 3
+    assert CKKS().study("secure/map", FedIT()) is None
+    parties = FedMLHE().parties()
+    parties.answer("secure/keys", 1, "ann", {})
+    with pytest.raises(BadUpdate, match="it has not looked at its rows, and cannot say what is sensitive"):
+        parties.answer("secure/map", 1, "ann", {})
 
 
 def test_privacy_in_the_clients_is_refused(federation: Make) -> None:

@@ -10,7 +10,7 @@ import torch
 
 from fedfm.core.update import Kind, Update
 from fedfm.errors import BadUpdate
-from fedfm.secure.fixed_point import FixedPoint, Ring, length
+from fedfm.secure.fixed_point import FixedPoint, Ring
 
 
 def update(values: list[float], weight: float = 1.0, **more: list[float]) -> Update:
@@ -106,7 +106,7 @@ def test_a_sum_of_something_else_is_noticed() -> None:
     for total in ([0, 0, 1, 0], [0, 0, 19, 0], [0, 0, 2, -1], [255, 0, 2, 0], [0, -255, 2, 0]):
         with pytest.raises(BadUpdate, match="the sum is none of what clients send"):
             code.decode(np.array(total), 2, like, Kind.DELTA)
-    assert length(like) == 4
+    assert code.length(like) == 4
     assert code.decode(np.array([254, -254, 2, 0]), 2, like, Kind.DELTA)[0].tensors["w"].tolist() == [1.0, -1.0]
 
 

@@ -19,7 +19,7 @@ from fedfm.federation import Federation
 from fedfm.links.flower import InMemoryFlower
 from fedfm.methods.lora.fedit import FedIT
 from fedfm.sample import Poisson, Uniform
-from fedfm.wire import AdaptiveClip, Clip, Gaussian, LocalGaussian, TopK
+from fedfm.wire import AdaptiveClip, Clip, DistributedGaussian, Gaussian, LocalGaussian, TopK
 from fedfm.wire.adaptive_clip import BELOW
 from fedfm.wire.stage import Sender, Setting
 
@@ -169,6 +169,12 @@ def test_without_noise_on_the_mean_it_is_refused(later: Any) -> None:
     clip = AdaptiveClip()
     with pytest.raises(RecipeError, match="AdaptiveClip must stand directly before Gaussian, at the end of stages"):
         clip.fits(Setting((clip, *later), Uniform(), 9))
+
+
+def test_noise_of_clients_is_refused() -> None:
+    clip = AdaptiveClip()
+    with pytest.raises(RecipeError, match="by bits to whose sum the server adds noise, which DistributedGaussian does"):
+        clip.fits(Setting((clip, DistributedGaussian(1.0)), Uniform(), 9))
 
 
 def test_bits_that_spend_all_are_refused() -> None:

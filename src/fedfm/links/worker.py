@@ -25,7 +25,7 @@ from fedfm.wire.stage import Sender, Stage
 
 if TYPE_CHECKING:
     from fedfm.ownership.marking import Marking
-    from fedfm.secure.secure import Secure
+    from fedfm.secure.secure import Secure, Study
 
 CLIENT_FAULTS = (FedfmError, MemoryError, OSError)
 """Causes for which a client is dropped. Anything else is a defect of the method or of fedfm and ends the run."""
@@ -155,7 +155,8 @@ class Worker:
         began, done = self.clock(), Done(member)
         self._began = began
         try:
-            found = self._study(round, member, message) if phase in self.secure.studies else None
+            study = self.secure.study(phase, self.method)
+            found = self._study(study, round, member, message) if study else None
             done.update = self._parties.answer(phase, round, member.id, message, found)
         except BadUpdate as error:
             done.reason = str(error)
@@ -163,18 +164,17 @@ class Worker:
         self.on_step(0)
         return done
 
-    def _study(self, round: int, member: Member, message: Tensors) -> Update:
+    def _study(self, study: Study, round: int, member: Member, message: Tensors) -> Update:
         """What a client finds out of its rows for secure aggregation.
 
         Raises:
             BadUpdate: it cannot; the client drops out.
         """
-        assert self.secure
         own = {name: tensor for name, tensor in self.store.get(member.id).items() if not name.startswith("@")}
-        plain = {name: tensor for name, tensor in message.items() if not name.startswith(MARK)}
+        plain = {name: tensor for name, tensor in message.items() if not name.startswith((MARK, "@"))}
         view = View(member, round, own, self.layout)
         try:
-            return self.trainer.answer(self.secure.study(self.method, view, plain), view)
+            return self.trainer.answer(study(view, plain), view)
         except Stopped:
             raise
         except (*CLIENT_FAULTS, TimeoutError) as error:

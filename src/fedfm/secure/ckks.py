@@ -65,7 +65,7 @@ class CKKS(Secure):
         require(self, "openers", self.openers >= 1, "at least 1")
 
     def parties(self, stages: Sequence[Stage] = ()) -> Holders:
-        return Holders(self)
+        return Holders(self, stages)
 
     def gathering(self, server: RoundServer, phase: str, messages: Mapping[Member, Tensors], round: int) -> Gathering:
         return Opening(self, server, phase, messages, round)

@@ -22,13 +22,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, ClassVar
 
 from fedfm.core.jobs import Job
 from fedfm.core.method import Client, Method, Paper
 from fedfm.core.traits import Trait, Traits
 from fedfm.core.update import Member, Tensors
-from fedfm.errors import Incompatible, require
+from fedfm.errors import BadUpdate, Incompatible, require
 from fedfm.secure.ckks import CKKS
 from fedfm.secure.gather import Gathering
 from fedfm.secure.letters import CHOOSE, DEAL, KEYS, MAP, OPEN
@@ -38,6 +39,7 @@ from fedfm.secure.sensitivity import Sensitivity
 from fedfm.wire.stage import Setting, Stage
 
 if TYPE_CHECKING:
+    from fedfm.secure.secure import Study
     from fedfm.server import RoundServer
 
 
@@ -58,7 +60,6 @@ class FedMLHE(CKKS):
     )
     id: ClassVar[str] = "fedml-he"
     phases: ClassVar[tuple[str, ...]] = (KEYS, DEAL, MAP, CHOOSE, OPEN)
-    studies: ClassVar[frozenset[str]] = frozenset({MAP})
     # What is sensitive is found once.
     needs: ClassVar[Traits] = CKKS.needs | {Trait.STEADY}
     instead: ClassVar[dict[Trait, str]] = {
@@ -78,19 +79,22 @@ class FedMLHE(CKKS):
         require(self, "examples", self.examples >= 1, "at least 1")
 
     def parties(self, stages: Sequence[Stage] = ()) -> Selectors:
-        return Selectors(self)
+        return Selectors(self, stages)
 
     def gathering(self, server: RoundServer, phase: str, messages: Mapping[Member, Tensors], round: int) -> Gathering:
         return Selecting(self, server, phase, messages, round)
 
-    def study(self, method: Method, client: Client, message: Tensors) -> Job:
-        like = method.expects(method.phases[-1], message)
-        assert like is not None, "the server has seen to it"
+    def study(self, phase: str, method: Method) -> Study | None:
+        return partial(self._sensitivity, method) if phase == MAP else None
+
+    def _sensitivity(self, method: Method, client: Client, message: Tensors) -> Job:
+        if (like := method.expects(method.phases[-1], message)) is None:
+            raise BadUpdate(f"{type(method).__name__} does not say which tensors it uploads in answer to this message")
         return Sensitivity(method.compose(client, message), train=method.train, like=like, examples=self.examples)
 
     def fits(self, method: Method, setting: Setting) -> None:
         super().fits(method, setting)
-        for stage in setting.stages:
+        for stage in reversed(setting.stages):  # What adds noise stands behind what moves a bound by it.
             if stage.secret or type(stage).release is not Stage.release:
                 raise Incompatible(
                     f"{type(self).__name__} chooses by clients' rows what is encrypted, and no epsilon of "

@@ -1,6 +1,7 @@
 """Numbers as integers that can be added up in a ring: what is summed is exact, and cannot overflow.
 
-A client with weight $w$ and values $x$ contributes the vector $(w q(x_1), ..., w q(x_d), w, c)$ with
+A client with weight $w$, values $x$ and bits $b$ contributes the vector $(w q(x_1), ..., w q(x_d), \\pm 1, ..., w, c)$
+with
 
 $$q(x) = \\operatorname{trunc}(\\operatorname{clamp}(x, -M, M) / s), \\quad s = M / L, \\quad L = 2^{b-1} - 1$$
 
@@ -8,6 +9,9 @@ for $M$ the largest value, $b$ the bits of a value and $c$ the number of values 
 $\\sum_k w_k q(x_k)$ and $\\sum_k w_k$ and no single weight. Each coordinate of a client is at most $L W$ in size, with
 $W$ the largest weight, and that of a sum over n clients at most $n L W$: with a modulus above $2 n L W$ it is the sum
 of the integers itself.
+
+Bits are what stages send beside the upload, each a half or minus a half: they are summed as 1 and -1, without the
+weight, and halved in the sum.
 
 Rounding is towards zero, and nothing is drawn: no coordinate grows, so a norm bound that held of the upload holds of
 what is summed, too. The price is a bias towards zero of less than $s$ in each coordinate of the mean.
@@ -17,7 +21,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -29,7 +33,7 @@ from fedfm.errors import BadUpdate
 
 Vector = NDArray[np.unsignedinteger]
 BESIDE = 2
-"""Coordinates beside the values: the weight, and how many values were clamped."""
+"""Coordinates behind all others: the weight, and how many values were clamped."""
 
 
 @dataclass(frozen=True)
@@ -78,11 +82,13 @@ class FixedPoint:
         bits: $b$, of a value with its sign.
         max_value: $M$; larger values are clamped.
         max_weight: $W$; a client with a larger weight takes no part.
+        beside: names of the bits that stages send beside the values.
     """
 
     bits: int
     max_value: float
     max_weight: int
+    beside: tuple[str, ...] = field(default=(), kw_only=True)
 
     @property
     def levels(self) -> int:
@@ -106,15 +112,24 @@ class FixedPoint:
         """The largest size of a coordinate of a sum with so large a sum of weights."""
         return weight * self.levels
 
+    def length(self, values: Mapping[str, torch.Tensor]) -> int:
+        """Coordinates of a client's vector.
+
+        Args:
+            values: its tensors without bits, or others of their shapes.
+        """
+        return trees.count(values) + len(self.beside) + BESIDE
+
     def ring(self, clients: int) -> Ring:
-        """That ring."""
+        """The smallest ring in which a sum over so many clients cannot overflow."""
         return Ring(self.width(clients))
 
     def encode(self, update: Update, ring: Ring) -> Vector:
-        """A client's vector: ``[d + 2]``, tensors in the order of their names.
+        """A client's vector: ``[d + bits + 2]``, tensors in the order of their names.
 
         Raises:
-            BadUpdate: a value is not finite or no floating-point number, or the weight is none that can be summed.
+            BadUpdate: a value is not finite or no floating-point number, a bit is none, or the weight is none that can
+                be summed.
         """
         weight = int(update.weight)
         if weight != update.weight or not 1 <= weight <= self.max_weight:
@@ -122,9 +137,11 @@ class FixedPoint:
                 f"its weight {update.weight:g} is no whole number from 1 to the {self.max_weight} of max_weight: raise "
                 "that, or put Clip into stages, which gives all clients weight 1"
             )
-        vector = ring.zeros(trees.count(update.tensors) + BESIDE)
+        bits = [_bit(update.tensors, name) for name in self.beside]
+        values_of = {name: tensor for name, tensor in update.tensors.items() if name not in self.beside}
+        vector = ring.zeros(self.length(values_of))
         at = clamped = 0
-        for name, tensor in sorted(update.tensors.items()):
+        for name, tensor in sorted(values_of.items()):
             if not tensor.is_floating_point():
                 raise BadUpdate(f"tensor {name!r} holds {tensor.dtype}, not floating-point numbers")
             values = tensor.detach().to("cpu", torch.float64).numpy().reshape(-1)
@@ -136,7 +153,7 @@ class FixedPoint:
             whole = levels.astype(np.int64) * weight
             vector[at : at + len(whole)] = whole.astype(ring.dtype)
             at += len(whole)
-        vector[at:] = np.array([weight, min(clamped, self.levels * self.max_weight)]).astype(ring.dtype)
+        vector[at:] = np.array([*bits, weight, min(clamped, self.levels * self.max_weight)]).astype(ring.dtype)
         return vector
 
     def quorum(self, clients: int) -> int:
@@ -163,7 +180,7 @@ class FixedPoint:
         """The weighted mean of clients' values with the sum of their weights, and how many values were clamped.
 
         Args:
-            total: the sum of their vectors: ``[d + 2]``.
+            total: the sum of their vectors: ``[d + bits + 2]``.
             clients: how many.
             like: names, shapes and types that the tensors have.
             kind: what they are.
@@ -171,7 +188,7 @@ class FixedPoint:
         Raises:
             BadUpdate: it is no sum of such vectors.
         """
-        values, (weight, clamped) = total[:-BESIDE], total[-BESIDE:].tolist()
+        values, (weight, clamped) = total[: -BESIDE - len(self.beside)], total[-BESIDE:].tolist()
         allowed = clients <= weight <= clients * self.max_weight
         if not allowed or clamped < 0 or (np.abs(values) > self.reach(weight)).any():
             raise BadUpdate("the sum is none of what clients send: one of them sent something else")
@@ -184,12 +201,31 @@ class FixedPoint:
         # In the order in which they were sent: norms add up in it, and runs are to be equal to the bit.
         return Update({name: tensors[name] for name in like}, float(weight), kind=kind, member="sum"), clamped
 
+    def counted(self, total: NDArray[np.int64], clients: int) -> dict[str, torch.Tensor]:
+        """The sum of each bit over clients, as a number of halves.
+
+        Args:
+            total: the sum of their vectors: ``[d + bits + 2]``.
+            clients: how many.
+
+        Raises:
+            BadUpdate: it is no sum of so many bits.
+        """
+        sums = total[len(total) - BESIDE - len(self.beside) : -BESIDE].tolist()
+        for name, one in zip(self.beside, sums, strict=True):
+            if abs(one) > clients or (clients - one) % 2:
+                raise BadUpdate(f"the sum of {name!r} is none of {clients} halves: a client sent something else")
+        return {name: torch.tensor(one / 2, dtype=torch.float64) for name, one in zip(self.beside, sums, strict=True)}
+
 
 def above(part: float, count: int) -> int:
     """The least whole number above a part of a number."""
     return math.floor(part * count) + 1
 
 
-def length(like: Mapping[str, torch.Tensor]) -> int:
-    """Coordinates of a client's vector."""
-    return trees.count(like) + BESIDE
+def _bit(tensors: Tensors, name: str) -> int:
+    """What a bit is summed as: 1 or -1."""
+    found = tensors.get(name)
+    if found is None or found.numel() != 1 or abs(float(found)) != 0.5:
+        raise BadUpdate(f"the number {name!r} beside its upload is neither a half nor minus a half")
+    return 1 if float(found) > 0 else -1

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from fedfm.core import trees
 from fedfm.core.update import Kind, Member, Tensors, Update
 from fedfm.errors import BadUpdate, FedfmError, TooFewUpdates
 from fedfm.wire.admit import BROKEN, admit
@@ -101,13 +102,17 @@ class Gathering(ABC):
             raise TooFewUpdates(f"{len(survivors)} of {asked} updates could be used, but a round needs {needed}")
 
     def admitted(self, total: NDArray[np.int64], survivors: Sequence[int], like: Tensors) -> Update:
-        """The mean out of the sum of the survivors' vectors ``[d + 2]``, who then keep their new private state."""
-        server, values = self.server, len(total) - 2
+        """The mean out of the sum of the survivors' vectors ``[d + bits + 2]``, who then keep their new private state.
+        What stages sent beside uploads is added up for them."""
+        server, count = self.server, len(survivors)
         try:
-            mean, clamped = self.code.decode(total, len(survivors), like, server.federation.method.kind(self.phase))
+            mean, clamped = self.code.decode(total, count, like, server.federation.method.kind(self.phase))
+            server.summed = self.code.counted(total, count)
         except BadUpdate as error:
             raise TooFewUpdates(str(error)) from error
-        self.note.update(summed=len(survivors), clamped=clamped / max(1, len(survivors) * values))
+        self.note.update(summed=count)
+        if not server.private:  # Where noise hides the mean, no count without noise may stand in the record.
+            self.note.update(clamped=clamped / max(1, count * trees.count(like)))
         for client in survivors:
             self._accepts[client]()
         if server.link.simulated:
@@ -120,12 +125,13 @@ class Gathering(ABC):
         return {self.members[client]: message for client, message in messages.items()}
 
     def beside(self, marks: Mapping[int, Tensors]) -> dict[Member, Tensors]:
-        """The method's messages to some clients with more beside them; those that are one thing stay one thing."""
+        """The method's messages to some clients, with more beside them and with what stages are told; those that are
+        one thing stay one thing."""
         whole: dict[tuple[int, int], Tensors] = {}
-        out = {}
+        out, told = {}, self.server.told
         for client, more in marks.items():
             message = self.messages[self.members[client]]
-            out[self.members[client]] = whole.setdefault((id(message), id(more)), {**message, **more})
+            out[self.members[client]] = whole.setdefault((id(message), id(more)), {**message, **told, **more})
         return out
 
     def ask(self, phase: str, messages: Mapping[Member, Tensors], take: Take, counts: bool = False) -> None:

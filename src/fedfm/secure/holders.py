@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -13,6 +14,7 @@ from fedfm.secure.parties import Parties, letter
 
 if TYPE_CHECKING:
     from fedfm.secure.ckks import CKKS
+    from fedfm.wire.stage import Stage
 
 
 class Holders(Parties[Holder]):
@@ -20,15 +22,16 @@ class Holders(Parties[Holder]):
 
     Args:
         secure: the protocol.
+        stages: what uploads went through before.
     """
 
-    def __init__(self, secure: CKKS) -> None:
+    def __init__(self, secure: CKKS, stages: Sequence[Stage] = ()) -> None:
         super().__init__()
-        self.secure = secure
+        self.code = secure.code(stages)
 
     def answer(self, phase: str, round: int, client: str, message: Tensors, found: Update | None = None) -> Update:
         if phase == KEYS:
-            self.begin(client, Holder(round, self.secure.fixed_point))
+            self.begin(client, Holder(round, self.code))
             return letter(self.halves[client].keys(), client)
         holder = self.half(round, client)
         return letter(holder.deal(message) if phase == DEAL else holder.open(message), client)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 from fedfm.core.update import Member, Tensors, Update
 from fedfm.errors import BadUpdate, require
-from fedfm.secure.fixed_point import FixedPoint, above, length
+from fedfm.secure.fixed_point import FixedPoint, above
 from fedfm.secure.gather import Gathering
 from fedfm.secure.graph import Neighbours
 from fedfm.secure.hub import Hub
@@ -57,7 +57,7 @@ class Masked(Secure):
         for stage in stages:
             if isinstance(stage, DistributedGaussian):
                 return NoisyPoint(self.bits, bound(stage, stages), 1, stage.noise_multiplier, self.threshold)
-        return self.fixed_point
+        return super().code(stages)
 
     def parties(self, stages: Sequence[Stage] = ()) -> Maskers:
         return Maskers(self, stages)
@@ -80,7 +80,7 @@ class _Unmasking(Gathering):
         graph = secure.graph(asked)
         threshold, ring = secure.needed(len(graph[0]) + 1), self.code.ring(asked)
         self.note.update(neighbours=len(graph[0]), threshold=threshold, bytes_per_value=ring.width)
-        hub = Hub(self.round, [member.id for member in self.members], graph, threshold, length(like), ring)
+        hub = Hub(self.round, [member.id for member in self.members], graph, threshold, self.code.length(like), ring)
         self.ask(KEYS, {member: {} for member in self.members}, hub.keys)
         self.ask(SHARES, self.to(hub.introductions()), hub.shares)
         present = hub.present()

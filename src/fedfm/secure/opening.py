@@ -16,7 +16,6 @@ from fedfm.errors import BadUpdate, TooFewUpdates
 from fedfm.links.link import Reply
 from fedfm.secure.agreement import KEY
 from fedfm.secure.cipher import Adder, Parameters
-from fedfm.secure.fixed_point import length
 from fedfm.secure.gather import LEAST, Gathering
 from fedfm.secure.holder import SEALED
 from fedfm.secure.letters import DEAL, KEYS, OPEN, bytes_in, of_bytes, of_numbers, of_texts, table, texts_in
@@ -46,7 +45,7 @@ class Opening(Gathering):
 
     def mean(self, like: Tensors) -> Update:
         self.meet()
-        total, survivors = self.total(length(like))
+        total, survivors = self.total(self.code.length(like))
         return self.admitted(total, survivors, like)
 
     def total(self, size: int) -> tuple[NDArray[np.int64], list[int]]:

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, ClassVar
 
 from fedfm.core.method import Method
@@ -25,6 +25,9 @@ if TYPE_CHECKING:
     from fedfm.core.jobs import Job
     from fedfm.core.method import Client
     from fedfm.server import RoundServer
+
+    Study = Callable[[Client, Tensors], Job]
+    """The job by which a client looks at its rows, given what it received without what is for the protocol."""
 
 
 @dataclass(frozen=True)
@@ -54,9 +57,6 @@ class Secure(Part, ABC):
     kinds: ClassVar[frozenset[Kind]] = frozenset({Kind.DELTA, Kind.WEIGHTS})
     phases: ClassVar[tuple[str, ...]] = ()
     """The client tasks of the protocol, around the method's own."""
-    studies: ClassVar[frozenset[str]] = frozenset()
-    """Those of them in which a client looks at its rows."""
-
     blurs: ClassVar[bool] = False
     """Whether clients can add noise to the integers, as they see to it that a sum has enough of it."""
 
@@ -76,8 +76,8 @@ class Secure(Part, ABC):
         return FixedPoint(self.bits, self.max_value, self.max_weight)
 
     def code(self, stages: Sequence[Stage]) -> FixedPoint:
-        """How values become integers behind these stages."""
-        return self.fixed_point
+        """How values become integers behind these stages, with a coordinate more for each bit that these send."""
+        return replace(self.fixed_point, beside=tuple(name for stage in stages for name in stage.beside))
 
     @abstractmethod
     def parties(self, stages: Sequence[Stage] = ()) -> Parties:
@@ -95,15 +95,14 @@ class Secure(Part, ABC):
         """
         return [self.gathering(server, phase, messages, round).gathered()] if messages else []
 
-    def study(self, method: Method, client: Client, message: Tensors) -> Job:
-        """What a client finds out of its rows in a task of ``studies``.
+    def study(self, phase: str, method: Method) -> Study | None:
+        """How a client looks at its rows in a task of the protocol; ``None`` where it looks at none.
 
         Args:
+            phase: the task.
             method: the federated method.
-            client: who does it.
-            message: what it received, without what is for the protocol.
         """
-        raise NotImplementedError(f"{type(self).__name__} looks at no rows")
+        return None
 
     def fits(self, method: Method, setting: Setting) -> None:
         """See, before the run, that it can sum what the method and the stages send.
@@ -126,11 +125,6 @@ class Secure(Part, ABC):
                 raise Incompatible(
                     f"{me} sums numbers, but {type(stage).__name__} packs them into another form. Leave it out: bits "
                     f"of {me} says how many a value takes."
-                )
-            if stage.beside or type(stage).told is not Stage.told:
-                raise Incompatible(
-                    f"{me} lets the server see a sum alone, but {type(stage).__name__} needs to hear from each client "
-                    "beside it. Choose a bound that stays, such as Clip, or leave secure out."
                 )
         if setting.expected < LEAST:
             raise RecipeError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from hashlib import sha256
 from typing import TYPE_CHECKING
@@ -21,6 +22,7 @@ from fedfm.secure.parties import letter
 
 if TYPE_CHECKING:
     from fedfm.secure.fedml_he import FedMLHE
+    from fedfm.wire.stage import Stage
 
 Mask = NDArray[np.uint8]
 """Which coordinates are encrypted, a bit each: ``[(d + 7) // 8]``."""
@@ -120,16 +122,17 @@ class Selectors(Holders):
 
     Args:
         secure: the protocol.
+        stages: what uploads went through before.
     """
 
-    def __init__(self, secure: FedMLHE) -> None:
-        super().__init__(secure)
+    def __init__(self, secure: FedMLHE, stages: Sequence[Stage] = ()) -> None:
+        super().__init__(secure, stages)
         self.ratio = secure.ratio
         self.masks: dict[str, Mask] = {}
 
     def answer(self, phase: str, round: int, client: str, message: Tensors, found: Update | None = None) -> Update:
         if phase == KEYS:
-            made = Selector(round, self.secure.fixed_point, self.ratio, self.masks.get(client))
+            made = Selector(round, self.code, self.ratio, self.masks.get(client))
             self.begin(client, made)
             return letter(made.keys(), client)
         if phase not in (MAP, CHOOSE):
@@ -137,7 +140,8 @@ class Selectors(Holders):
         half = self._selector(round, client)
         if phase == CHOOSE:
             return letter(half.choose(message), client)
-        assert found is not None, "a worker asks the trainer first"
+        if found is None:
+            raise BadUpdate("it has not looked at its rows, and cannot say what is sensitive")
         return letter(half.map(message, found), client)
 
     def mask(self, round: int, update: Update, draw: np.random.Generator) -> Update:

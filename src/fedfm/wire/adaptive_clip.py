@@ -11,7 +11,8 @@ Differences from the paper:
 - The noise on the sum of the bits is a twentieth of the expected number of participants, as in the paper, but at least
   the noise multiplier $z$, so that the noise on the mean is raised by 15 percent at most in small federations, too.
 - A client that does not come counts as a half, as the sum is divided by the expected number.
-- The server clips once more what arrives, by the bound that it told the clients.
+- The server clips once more what arrives, by the bound that it told the clients. Where uploads are summed unseen it
+  cannot; the bits are then a coordinate of what is summed, as in the paper, and the server sees their sum alone.
 """
 
 from __future__ import annotations
@@ -81,6 +82,11 @@ class AdaptiveClip(Clip):
             raise RecipeError(
                 "AdaptiveClip must stand directly before Gaussian, at the end of stages: all are told its bound, which "
                 "follows the clients' norms, so noise must hide them. Use Clip elsewhere."
+            )
+        if later[0].summed:
+            raise RecipeError(
+                f"AdaptiveClip moves its bound by bits to whose sum the server adds noise, which "
+                f"{type(later[0]).__name__} does without. Use Clip, or gaussian instead of {later[0].id}."
             )
         if later[0].noise_multiplier:
             self.raised(later[0].noise_multiplier, setting)

@@ -85,7 +85,8 @@ class Stage(Part):
     packs: ClassVar[bool] = False
     """Whether it puts tensors into another form, so that it comes after stages that do not."""
     beside: ClassVar[tuple[str, ...]] = ()
-    """Names of scalars that ``send`` adds to an upload; the server adds them up for ``release`` and for nobody else."""
+    """Names of bits that ``send`` adds to an upload, each a half or minus a half; the server adds them up for
+    ``release`` and for nobody else, and secure aggregation does so unseen."""
     secret: ClassVar[bool] = False
     """Whether nobody else may know what it draws, as the noise that it adds; else all follows from the run's seed."""
     summed: ClassVar[bool] = False
