@@ -12,11 +12,9 @@ import pytest
 pytest.importorskip("flwr")
 pytest.importorskip("tenseal")
 
-from fedfm.errors import RecipeError
 from fedfm.evaluate import Evaluation
 from fedfm.federation import Federation
 from fedfm.links.flower import InMemoryFlower
-from fedfm.links.flower.ray import RayLink
 from fedfm.links.inprocess import InProcess
 from fedfm.links.node import Node
 from fedfm.links.tickets import NEVER, alike
@@ -116,11 +114,3 @@ def test_a_node_refuses_tasks_of_another_or_of_no_protocol(federation: Make) -> 
     open_ = Worker(made.method, made.trainer, ClientStore(), **{**made.shared, "secure": None})
     node = Node(made.plan.members.member("ann"), open_)
     assert reason(secure="None") == "FedIT has no task 'secure/keys'"
-
-
-def test_ray_is_refused(federation: Make) -> None:
-    made = federation(FedIT(), link=RayLink)
-    with pytest.raises(
-        RecipeError, match="SecAgg keeps a client's secrets in one process, but engine ray gives its tasks"
-    ):
-        RayLink(made.method, made.trainer, ClientStore(), simulation=None, **made.shared)  # type: ignore[arg-type]

@@ -148,6 +148,28 @@ class Worker:
         if done.kept is not None:
             self.store.put(done.member.id, round, done.kept)
 
+    def met(self, phase: str, round: int, member: Member, message: Tensors) -> Tensors:
+        """A message without what it holds for secure aggregation, which the client now has.
+
+        Raises:
+            BadUpdate: the client cannot go on in the protocol, and drops out.
+        """
+        if self._parties and phase in self.method.phases:
+            return self._parties.meet(round, member.id, message)
+        return message
+
+    def hidden(self, phase: str, round: int, update: Update) -> Update:
+        """What leaves a client instead of what its stages let out: masked where it is summed unseen.
+
+        Raises:
+            BadUpdate: it cannot be summed; the client drops out.
+        """
+        if self._parties and phase in self.method.phases:
+            self.release(update)
+            draw = seeds.numpy_generator(self.secret, round, update.member, "mask")
+            return self._parties.mask(round, update, draw)
+        return update
+
     def _protocol(self, phase: str, round: int, member: Member, message: Tensors) -> Done:
         """A client's task of secure aggregation, around the method's own."""
         assert self._parties
@@ -204,8 +226,7 @@ class Worker:
     def _start(
         self, running: dict[str, Task], phase: str, round: int, member: Member, own: Tensors, message: Tensors
     ) -> None:
-        if self._parties and phase in self.method.phases:
-            message = self._parties.meet(round, member.id, message)
+        message = self.met(phase, round, member, message)
         view = View(member, round, own, self.layout)
         running[member.id] = Task(self.method, phase, view, message)
         self._mark(running[member.id])
@@ -277,10 +298,7 @@ class Worker:
     ) -> None:
         """Note what a task sends, masked where it is summed unseen, and the client's new private state if there is
         any."""
-        if self._parties and asked.phase in self.method.phases:
-            self.release(update)
-            draw = seeds.numpy_generator(self.secret, asked.round, update.member, "mask")
-            update = self._parties.mask(asked.round, update, draw)
+        update = self.hidden(asked.phase, asked.round, update)
         self._check_deadline()
         stored = asked.stored
         done.update = update

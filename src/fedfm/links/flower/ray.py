@@ -11,6 +11,10 @@
 A *share* is one Flower message. The sequential trainer gets one client a share, so that nobody waits; the fused one
 gets its part of all clients, up to its group. Private state stays with the server: it goes with the message and comes
 back with the reply, so which worker does a share changes nothing, and workers need no folder in common.
+
+Where uploads are summed unseen, what clients keep of a round are secrets of theirs, which last for several questions.
+They stay in this process, too: here keys are made, uploads masked or encrypted when they are back, and sums opened.
+That is no protection, but the whole cluster is one party's.
 """
 
 from __future__ import annotations
@@ -27,10 +31,12 @@ from flwr.app import RecordDict
 from fedfm import errors
 from fedfm.core.method import Method
 from fedfm.core.update import Member, Tensors
-from fedfm.errors import ClientError, FedfmError, RecipeError
+from fedfm.errors import BadUpdate, ClientError, FedfmError
 from fedfm.links.flower.ray_worker import records, tensors_of
+from fedfm.links.inprocess import InProcess
 from fedfm.links.link import Reply
 from fedfm.links.tickets import in_order
+from fedfm.secure.letters import MARK
 from fedfm.store.clients import ClientStore
 from fedfm.train.trainer import Trainer
 from fedfm.wire import codec
@@ -52,7 +58,7 @@ class RayLink:
         store: clients' private state.
         simulation: the cluster.
         timeout_s: seconds a client may work on one task; 0 means no limit. With one, each works alone.
-        secure: refused: a client's secrets would have to go from worker to worker.
+        secure: how uploads are summed: they are masked here, when they are back from their worker.
         on_step: called while waiting, and told of the steps of each client; may raise ``Stopped``.
         alike: further settings of a worker; those in the cluster have the same by the same recipe.
     """
@@ -71,11 +77,7 @@ class RayLink:
         on_step: Callable[[int], None] = lambda steps: None,
         **alike: Any,
     ) -> None:
-        if secure:
-            raise RecipeError(
-                f"{type(secure).__name__} keeps a client's secrets in one process, but engine ray gives its tasks to "
-                "changing ones. Use engine fused or sequential, or leave secure out."
-            )
+        self.near = InProcess(method, trainer, store, secure=secure, on_step=on_step, **alike)
         self.method = method
         self.store = store
         self.simulation = simulation
@@ -85,6 +87,9 @@ class RayLink:
 
     def ask(self, phase: str, round: int, messages: Mapping[Member, Tensors]) -> Iterator[Reply]:
         """Replies in the order of ids; no more than ``AHEAD`` shares for each worker are in memory."""
+        if phase in self.near.worker.protocol:
+            yield from self.near.ask(phase, round, messages)
+            return
         members = sorted(messages, key=lambda m: m.id)
         workers = self.simulation.workers(self.on_step)
         size = max(1, min(self.group, -(-len(members) // workers)))
@@ -101,7 +106,7 @@ class RayLink:
             if "failed" in content:
                 _raise(content["failed"], phase, round)
             for place, member in enumerate(share):
-                yield self._reply(content, place, member, round, messages[member])
+                yield self._reply(content, place, member, phase, round, messages[member])
 
     def close(self) -> None:
         """Nothing: clients keep what was admitted when it is admitted."""
@@ -109,6 +114,7 @@ class RayLink:
     def _share(self, phase: str, round: int, messages: Mapping[Member, Tensors]) -> RecordDict:
         # Most methods send everybody the same tensors: those travel once.
         different = list({id(message): message for message in messages.values()}.values())
+        plain = [{name: t for name, t in message.items() if not name.startswith(MARK)} for message in different]
         places = {id(message): place for place, message in enumerate(different)}
         task = {
             "method": self.method.id,
@@ -118,11 +124,11 @@ class RayLink:
             "clients": [member.id for member in messages],
             "down": [places[id(message)] for message in messages.values()],
         }
-        down = {f"down.{place}": message for place, message in enumerate(different)}
+        down = {f"down.{place}": message for place, message in enumerate(plain)}
         own = {f"own.{place}": self.store.get(member.id) for place, member in enumerate(messages)}
         return records({"task": task}, down | {name: kept for name, kept in own.items() if kept})
 
-    def _reply(self, content: Any, place: int, member: Member, round: int, message: Tensors) -> Reply:
+    def _reply(self, content: Any, place: int, member: Member, phase: str, round: int, message: Tensors) -> Reply:
         done = content["done"]
         reason, seconds, steps, memory = (done[key][place] for key in ("reasons", "seconds", "steps", "memory"))
         self.on_step(steps)
@@ -132,7 +138,12 @@ class RayLink:
         data = content[up]["bytes"].data
         update = codec.decode(data, member.id)
         update = replace(update, tensors=in_order(update.tensors, content["orders"][up]))
-        size = len(data) if update.tensors or update.metrics else 0
+        try:
+            self.near.worker.met(phase, round, member, message)
+            update = self.near.worker.hidden(phase, round, update)
+        except BadUpdate as error:
+            return Reply(member, None, str(error), down, 0, seconds, steps, memory)
+        size = codec.size(update) if update.tensors or update.metrics else 0
         reply = Reply(member, update, "", down, size, seconds, steps, memory)
         if (kept := f"kept.{place}") not in content:
             return reply

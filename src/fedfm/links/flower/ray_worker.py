@@ -131,7 +131,8 @@ def _work(federations: Mapping[str, Federation], content: Any) -> RecordDict:
         messages[trainer.data.member(id)] = tensors_of(content, f"down.{down}")
         if (own := f"own.{place}") in content:
             store.put(id, 0, tensors_of(content, own))
-    worker = Worker(federation.method, trainer, store, **federation.shared, on_step=_pulse)
+    # What is for secure aggregation is done by the server's process, which has clients' secrets.
+    worker = Worker(federation.method, trainer, store, **{**federation.shared, "secure": None}, on_step=_pulse)
     done = list(worker.tasks(task["phase"], task["round"], messages))
     told = {
         "reasons": [one.reason for one in done],
