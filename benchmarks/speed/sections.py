@@ -243,8 +243,8 @@ def unseen(result: Result, pictures: Pictures) -> Iterator[str]:
     yield from prose(
         "A round without training: seconds of the processor in one thread, of a client and of all the server's work,",
         "and what travels to and from a client beside the model. Five percent of the clients drop out, rounded up.",
-        "With encryption, some clients also deal the key or open the sum: the last columns. Where not all clients",
-        "made their vector (see the result file), the server added those of five again and again.",
+        "With encryption and shares, some clients also deal the key or open the sum: the last columns. Where not all",
+        "clients made their vector (see the result file), the server added those of five again and again.",
     )
     yield from ("What the protocols do: [secure-aggregation.md](secure-aggregation.md).", "")
     rows = [row for row in result["rows"] if row["dropped"]]

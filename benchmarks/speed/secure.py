@@ -14,7 +14,7 @@ work is the same, and the sum is not looked at. Everywhere else the sum is compa
 Encryption is measured with drop-outs alone, which cost it nothing. It has a client that deals the key and two who open
 the sum; what they do beside the others is in ``special``: seconds of these three on average, bytes up and down of one.
 Of FedML-HE the map, which is made once, is left out: it costs a client a training, and encryption and opening as in a
-round of CKKS.
+round of CKKS. Of shares, ``special`` is what one who holds them does beside the others.
 """
 
 from __future__ import annotations
@@ -47,6 +47,8 @@ from fedfm.secure.secagg_plus import SecAggPlus
 from fedfm.secure.secure import Secure
 from fedfm.secure.selecting import Merger
 from fedfm.secure.selector import Selector, inside, share, top
+from fedfm.secure.sharer import Sharer
+from fedfm.secure.smpc_additive import SMPCAdditive
 from fedfm.store.files import write_json
 from fedfm.wire import codec
 
@@ -55,6 +57,7 @@ PROTOCOLS: dict[str, Secure] = {
     "secagg": SecAgg(),
     "secagg-plus": SecAggPlus(),
     "secagg-plus, 10 neighbours": SecAggPlus(neighbours=10),
+    "smpc-additive": SMPCAdditive(),
     "ckks": CKKS(),
     "ckks, max_weight 1": CKKS(max_weight=1),
     "fedml-he, ratio 0.1": FedMLHE(ratio=0.1),
@@ -166,6 +169,53 @@ def masked(protocol: Masked, clients: int, values: int, gone: set[int]) -> dict[
     }
 
 
+def shared(protocol: SMPCAdditive, clients: int, values: int, gone: set[int]) -> dict[str, Any]:
+    """The same by shares."""
+    client, server, special = Clock(), Clock(), Clock()
+    like, code = {"w": torch.zeros(values)}, protocol.fixed_point
+    ring, length = code.ring(clients), code.length(like)
+    sharers = [client(Sharer, 1, code, protocol.holders, protocol.threshold) for _ in range(clients)]
+    # Who drops out is not among those who hold shares, as all of these are needed.
+    holders = sharers[-protocol.holders :]
+    keys = [client(one.keys)["secure:keys"].numpy() for one in sharers]
+    question = of_bytes("keys", np.concatenate(keys[-protocol.holders :])) | of_numbers("clients", [clients])
+    sealed = [client(one.deal, question) for one in sharers]
+    held = []
+    for place, holder in enumerate(holders):
+        rows = np.stack([one["secure:sealed"].numpy()[place] for one in sealed])
+        held.append(of_bytes("keys", np.concatenate(keys)) | of_bytes("sealed", rows))
+        special(holder.hold, held[-1])
+    total, expected, up = ring.zeros(length), np.zeros(length, np.int64), 0
+    alive = [i for i in range(clients) if i not in gone]
+    for i in alive:
+        update = upload(i, values)
+        client(sharers[i].meet, {})
+        answer = client(lambda i=i, u=update: sharers[i].lock(code.encode(u, ring)))
+        expected += ring.signed(code.encode(update, ring))
+        total += server(lambda a=answer: ring.unpack(a["secure:share"].numpy()))
+        up = sized(answer) + sized(sealed[i])
+    last = of_numbers("survivors", alive) | of_numbers("length", [length])
+    sums = [special(holder.open, last) for holder in holders]
+    for one in sums:
+        total += server(lambda a=one: ring.unpack(a["secure:sum"].numpy()))
+    found = server(ring.signed, total)
+    assert (found == expected).all(), "the sum is not that of the clients' integers"
+    server(code.decode, found, len(alive), like, Kind.DELTA)
+    return {
+        "client_seconds": client.seconds / clients,
+        "server_seconds": server.seconds,
+        "client_bytes_up": up,
+        "client_bytes_down": sized(question),
+        "special": {
+            "seconds": special.seconds / len(holders),
+            "opener_bytes_down": sized(held[0]) + sized(last),
+            "opener_bytes_up": sized(sums[0]),
+        },
+        "bytes_per_value": ring.width,
+        "masked": len(alive),
+    }
+
+
 def encrypted(protocol: CKKS, clients: int, values: int, gone: set[int]) -> dict[str, Any]:
     """The same by encryption."""
     client, locking, server, special = Clock(), Clock(), Clock(), Clock()
@@ -255,6 +305,8 @@ def measured(protocol: Secure | None, clients: int, values: int, gone: set[int])
     """A row of the table."""
     if isinstance(protocol, CKKS):
         return encrypted(protocol, clients, values, gone)
+    if isinstance(protocol, SMPCAdditive):
+        return shared(protocol, clients, values, gone)
     return masked(protocol, clients, values, gone) if isinstance(protocol, Masked) else plain(clients, values, gone)
 
 

@@ -50,11 +50,16 @@ def uploads(run: Run) -> list[Mapping[str, Any]]:
     ]
 
 
-HIDDEN = {"masked": "each of them masked", "cipher": "each of them encrypted"}
+HIDDEN = {
+    "masked": "each of them masked",
+    "cipher": "each of them encrypted",
+    "share": "of each of them one share",
+}
 """What a protocol makes of a whole upload."""
 COALITIONS = {
     "masked": "all, if the server sends other clients' keys or hands out crafted weights",
     "cipher": "all, if the server works with one client, as clients have the key",
+    "share": "all, if the server works with all who hold the other shares",
 }
 
 

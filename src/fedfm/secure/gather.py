@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from fedfm.core import trees
 from fedfm.core.update import Kind, Member, Tensors, Update
 from fedfm.errors import BadUpdate, FedfmError, TooFewUpdates
+from fedfm.links.link import Reply
 from fedfm.wire.admit import BROKEN, admit
 
 if TYPE_CHECKING:
@@ -119,6 +120,15 @@ class Gathering(ABC):
             # Here clients learn what was admitted before the round is in a checkpoint, not with their next task.
             server.link.close()
         return mean
+
+    def in_turn(self, clients: Sequence[int]) -> list[int]:
+        """The clients, from another one on in each round, so that none always has more to do."""
+        first = self.round % len(clients)
+        return [*clients[first:], *clients[:first]]
+
+    def lose(self, client: int, reason: str) -> None:
+        """Name a client whose answer turned out to be none."""
+        self.server.drop(Reply(self.members[client], None), BadUpdate(reason))
 
     def to(self, messages: Mapping[int, Tensors]) -> dict[Member, Tensors]:
         """The same messages by member."""

@@ -18,6 +18,7 @@ from fedfm.secure.cipher import EXACT, Parameters, Secret
 from fedfm.secure.fixed_point import FixedPoint, Ring
 from fedfm.secure.gather import LEAST
 from fedfm.secure.letters import MARK, bytes_in, flat, numbers_in, of_bytes, of_texts, table, texts_in
+from fedfm.secure.turn import Turn
 
 SEALED = NONCE + KEY + TAG
 """Bytes of what opens the key of the round, sealed for one client."""
@@ -36,7 +37,7 @@ class Holder:
     def __init__(self, round: int, code: FixedPoint) -> None:
         self.round = round
         self.code = code
-        self._done = -1
+        self._turn = Turn(*STEPS)
         self._pair = KeyPair()
         self._clients = 0
         self._key: tuple[bytes, NDArray[np.uint8]] | None = None
@@ -145,9 +146,3 @@ class Holder:
 
     def _agreed(self, public: bytes) -> bytes:
         return self._pair.agreed(public, "key of a round", self.round)
-
-    def _turn(self, step: str, after: str = "") -> None:
-        place, before = STEPS.index(step), STEPS[self._done] if self._done >= 0 else "nothing"
-        if place <= self._done or (after and before != after):
-            raise BadUpdate(f"it was asked for {step!r} after {before!r}: each step of a round is done once, in order")
-        self._done = place

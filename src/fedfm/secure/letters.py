@@ -31,6 +31,19 @@ of the method       its message,         ``cipher``: the vector; [``plain``: the
 ``secure/open``     ``cipher``           ``sum`` (some clients are asked)
 ==================  ===================  ==========================================================================
 
+and where uploads are split into shares:
+
+==================  ===================  ==========================================================================
+``secure/keys``     nothing              ``keys``: the client's public key
+``secure/deal``     ``keys`` of the      ``sealed``: what gives each holder its share
+                    holders;
+                    ``clients``
+``secure/hold``     ``keys``, ``sealed`` ``opened``: whose it can open (the holders are asked)
+of the method       its message          ``share``: what is left of the vector, which is the server's share
+``secure/open``     ``survivors``,       ``sum`` of the shares (the holders are asked)
+                    ``length``
+==================  ===================  ==========================================================================
+
 Clients are numbers from 0 in the order of their ids. A client's *peers* are itself and its neighbours.
 """
 
@@ -47,7 +60,8 @@ from fedfm.core.update import Tensors
 from fedfm.errors import BadUpdate
 
 KEYS, SHARES, UNMASK = "secure/keys", "secure/shares", "secure/unmask"
-DEAL, OPEN, MAP, CHOOSE = "secure/deal", "secure/open", "secure/map", "secure/choose"
+DEAL, HOLD, OPEN = "secure/deal", "secure/hold", "secure/open"
+MAP, CHOOSE = "secure/map", "secure/choose"
 """The protocols' own tasks."""
 MARK = "secure:"
 """Before the names of the protocol's tensors."""

@@ -8,17 +8,14 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
 from fedfm.core.update import Member, Tensors, Update
-from fedfm.errors import BadUpdate, require
-from fedfm.secure.fixed_point import FixedPoint, above
+from fedfm.errors import BadUpdate
+from fedfm.secure.blurred import Blurred
+from fedfm.secure.fixed_point import above
 from fedfm.secure.gather import Gathering
 from fedfm.secure.graph import Neighbours
 from fedfm.secure.hub import Hub
 from fedfm.secure.letters import KEYS, SHARES, UNMASK
 from fedfm.secure.maskers import Maskers
-from fedfm.secure.noisy_point import NoisyPoint
-from fedfm.secure.secure import Secure
-from fedfm.wire.distributed_gaussian import DistributedGaussian
-from fedfm.wire.gaussian import bound
 from fedfm.wire.stage import Stage
 
 if TYPE_CHECKING:
@@ -26,7 +23,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Masked(Secure):
+class Masked(Blurred):
     """Subclasses say who shares secrets with whom.
 
     Args:
@@ -36,13 +33,8 @@ class Masked(Secure):
     """
 
     phases: ClassVar[tuple[str, ...]] = (KEYS, SHARES, UNMASK)
-    blurs: ClassVar[bool] = True
 
     threshold: float = 2 / 3
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        require(self, "threshold", 0.5 <= self.threshold < 1, "at least 0.5 and below 1")
 
     @abstractmethod
     def graph(self, clients: int) -> Neighbours:
@@ -51,13 +43,6 @@ class Masked(Secure):
     def needed(self, peers: int) -> int:
         """Of so many peers, those who are needed to take masks away."""
         return above(self.threshold, peers)
-
-    def code(self, stages: Sequence[Stage]) -> FixedPoint:
-        """How values become integers behind these stages, one of which may add noise to the integers."""
-        for stage in stages:
-            if isinstance(stage, DistributedGaussian):
-                return NoisyPoint(self.bits, bound(stage, stages), 1, stage.noise_multiplier, self.threshold)
-        return super().code(stages)
 
     def parties(self, stages: Sequence[Stage] = ()) -> Maskers:
         return Maskers(self, stages)

@@ -13,7 +13,6 @@ from numpy.typing import NDArray
 
 from fedfm.core.update import Member, Tensors, Update
 from fedfm.errors import BadUpdate, TooFewUpdates
-from fedfm.links.link import Reply
 from fedfm.secure.agreement import KEY
 from fedfm.secure.cipher import Adder, Parameters
 from fedfm.secure.gather import LEAST, Gathering
@@ -86,11 +85,6 @@ class Opening(Gathering):
         self.marks = dealt[0]
         self.note.update(dealer=self.members[client].id, step=self.code.step)
 
-    def in_turn(self, clients: Sequence[int]) -> list[int]:
-        """The clients, from another one on in each round, so that none is always asked to deal or to open."""
-        first = self.round % len(clients)
-        return [*clients[first:], *clients[:first]]
-
     def introduced(self, client: int, answer: Tensors) -> None:
         """Take a client's public key."""
         key = bytes_in(answer, "keys", 1, KEY).tobytes()
@@ -151,6 +145,5 @@ class Opening(Gathering):
         self.note["opened"] = len(said)
         for client, one in said.items():
             if one != right:
-                reason = BadUpdate("it opened the sum otherwise than most did; its upload is in the sum")
-                self.server.drop(Reply(self.members[client], None), reason)
+                self.lose(client, "it opened the sum otherwise than most did; its upload is in the sum")
         return next(found[client] for client, one in said.items() if one == right)
