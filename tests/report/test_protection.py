@@ -18,6 +18,7 @@ from fedfm.sample import Poisson
 from fedfm.secure.ckks import CKKS
 from fedfm.secure.fedml_he import FedMLHE
 from fedfm.secure.secagg import SecAgg
+from fedfm.secure.smpc_additive import SMPCAdditive
 from fedfm.wire import Clip, DistributedGaussian, Gaussian, LocalGaussian
 
 Make = Callable[..., Federation]
@@ -64,6 +65,14 @@ def test_of_encrypted_uploads_it_is_said_who_has_the_key_and_what_is_left_open(f
     assert sees == "of each client's upload the part that is not encrypted; beside it the number of its examples"
     assert by == "fedml-he: the most sensitive coordinates are encrypted"
     assert left.startswith("the other coordinates, each client's by itself")
+
+
+def test_of_shares_it_is_said_who_has_the_others(federation: Make) -> None:
+    run = federation(FedAvg(), secure=SMPCAdditive(), evaluation=Evaluation(every=0))
+    sees, by, left = box(run, {"secure": "smpc-additive"})["server"]
+    assert sees == "the sum of 3 uploads or more; of each of them one share"
+    assert by == "smpc-additive: no upload is readable by itself"
+    assert left == "the sum; and all, if the server works with all who hold the other shares"
 
 
 def test_noise_on_the_mean_protects_from_those_who_get_the_mean_and_not_from_the_server(federation: Make) -> None:
