@@ -15,9 +15,14 @@ class Deduplication(Part, ABC):
 
     id: ClassVar[str]
 
+    @property
+    @abstractmethod
+    def count(self) -> int:
+        """How many fingerprints each row has."""
+
     @abstractmethod
     def fingerprints(self, text: str, label: str) -> Sequence[bytes]:
-        """The fingerprints of a row, at least one; as many for every row. They never leave a client as they are.
+        """The fingerprints of a row, ``count`` of them. They never leave a client as they are.
 
         Args:
             text: what it says, as :func:`plain` writes it.

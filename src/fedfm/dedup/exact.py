@@ -37,5 +37,9 @@ class Exact(Deduplication):
     )
     id: ClassVar[str] = "exact"
 
+    @property
+    def count(self) -> int:
+        return 1
+
     def fingerprints(self, text: str, label: str) -> Sequence[bytes]:
         return [f"{len(label)}:{label}{text}".encode()]

@@ -50,6 +50,10 @@ class Near(Deduplication):
         for name in ("bands", "permutations", "shingle"):
             require(self, name, getattr(self, name) >= 1, "at least 1")
 
+    @property
+    def count(self) -> int:
+        return self.bands
+
     def chance(self, share: float) -> float:
         """The probability that two texts match that have this share of n-grams in common."""
         return float(1 - (1 - share**self.permutations) ** self.bands)
