@@ -51,8 +51,9 @@ class Link(Protocol):
     simulated: ClassVar[bool]
     """Whether all clients' data are in this process, so that references which pool them may run."""
 
-    def __init__(self, method: Method, trainer: Trainer, store: ClientStore, **settings: Any) -> None:
-        """The link of a run; settings are those of :class:`fedfm.links.worker.Worker`."""
+    def __init__(self, method: Method, trainer: Trainer | None, store: ClientStore, **settings: Any) -> None:
+        """The link of a run; settings are those of :class:`fedfm.links.worker.Worker`. Without a trainer, to clients
+        who have their own."""
         ...
 
     def ask(self, phase: str, round: int, messages: Mapping[Member, Tensors]) -> Iterator[Reply]:

@@ -17,6 +17,7 @@ from flwr.serverapp import Grid, ServerApp
 from fedfm.core.method import Method
 from fedfm.core.space import Layout
 from fedfm.core.update import Member, Tensors
+from fedfm.dedup.party import PHASES as COMPARISON
 from fedfm.errors import BadUpdate, ClientError
 from fedfm.links.flower.envelopes import Parcel, opened
 from fedfm.links.flower.exchange import Exchange
@@ -48,7 +49,7 @@ class Delivery:
         patience_s: how long a site may be out of reach, or its app fail, before it is dropped; lost messages are sent
             again. 0 means that the first error is final.
         deadline_s: seconds after which a question ends without those who have not answered.
-        enough: answers with which a question ends without the others; 0 means all.
+        enough: answers with which a question ends without the others; 0 means all, as do comparisons of rows.
         spool: folder for payloads that are too large for a message; without it, all travel in one.
         most_bytes: size of an update beyond which it is not fetched.
         tell: told what is being waited for; with nothing, that the waiting is over.
@@ -99,7 +100,7 @@ class FlowerLink:
     def __init__(
         self,
         method: Method,
-        trainer: Trainer,
+        trainer: Trainer | None,
         store: ClientStore,
         *,
         grid: Grid,
@@ -140,9 +141,11 @@ class FlowerLink:
         for member in members:
             self._put(member, phase, ticket, parcels[id(messages[member])])
         keys = {(member.id, ticket) for member in members}
+        # Whose rows are not compared takes no part in the run, so there nobody is too slow.
+        among = set() if phase in COMPARISON else keys
         try:
             for member in members:
-                reply = self._reply(member, phase, ticket, self._awaited((member.id, ticket), keys, phase))
+                reply = self._reply(member, phase, ticket, self._awaited((member.id, ticket), among, phase))
                 if not self.simulated:
                     self.on_step(reply.steps)
                 yield replace(reply, bytes_down=parcels[id(messages[member])].size)
