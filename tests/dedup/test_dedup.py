@@ -254,8 +254,6 @@ def test_a_recipe_names_it() -> None:
     assert "permutations: 8" in parse(recipe(deduplicate="near")).to_yaml()
     with pytest.raises(RecipeError, match=r"data\.deduplicate has no kind 'exakt'\. Did you mean 'exact'"):
         parse(recipe(deduplicate="exakt"))
-    with pytest.raises(RecipeError, match=r"data\.deduplicate cannot be used in a deployed federation yet"):
-        see_deployable(parse(recipe(deduplicate="exact")))
     with pytest.raises(RecipeError, match=r"data\.without must be empty in a deployed federation"):
         see_deployable(parse(recipe(without=["x"])))
 

@@ -33,11 +33,6 @@ def see_deployable(recipe: Recipe) -> None:
     """
     if recipe.data.public:
         raise RecipeError("data.public must be 0 in a deployed federation: sites and server have no rows in common.")
-    if recipe.data.deduplicate is not None:
-        raise RecipeError(
-            "data.deduplicate cannot be used in a deployed federation yet: its two servers run in simulation only. "
-            "Leave it out."
-        )
     if recipe.data.without:
         raise RecipeError(
             "data.without must be empty in a deployed federation: a site that has left is not named among its sites."
@@ -154,7 +149,8 @@ def certify(folder: Path) -> None:
     known = coordinator / "sites"
     with writing(known):
         known.mkdir(exist_ok=True)
-    for place in sorted(path.parent for path in (folder / "sites").glob("*/policy.yaml")):
+    places = sorted(path.parent for path in (folder / "sites").glob("*/policy.yaml"))
+    for place in places:
         with writing(place):
             shutil.copyfile(coordinator / "ca.pem", place / "ca.pem")
             shutil.copyfile(coordinator / "signing.pub", place / "coordinator.pub")
@@ -163,6 +159,18 @@ def certify(folder: Path) -> None:
             with writing(known):
                 shutil.copyfile(place / "signing.pub", known / f"{place.name}.pub")
                 shutil.copyfile(place / "node.pub", known / f"{place.name}.node.pub")
+    for place in places:
+        _acquaint(place, known)
+
+
+def _acquaint(place: Path, known: Path) -> None:
+    """Give a site the public keys of the others, with whom it may share a key that the coordinator has not."""
+    with writing(place):
+        (place / "peers").mkdir(exist_ok=True)
+        for path in known.glob("*.pub"):
+            theirs = place / "peers" / path.name
+            if "." not in path.stem and path.stem != place.name and not theirs.exists():
+                shutil.copyfile(path, theirs)
 
 
 def _certify_site(place: Path) -> None:
@@ -186,7 +194,9 @@ def rehearsal(folder: Path, recipe: Recipe, count: int, address: str) -> list[st
     """
     data = recipe.data.model_copy(update={"max_clients": count})
     recipe = recipe.model_copy(update={"data": data})
-    people = Experiment(recipe).population
+    # Sites find their duplicates themselves, so each has all of its rows.
+    whole = data.model_copy(update={"deduplicate": None})
+    people = Experiment(recipe.model_copy(update={"data": whole})).population
     sites = sorted(people.ids)
     if len(sites) < count:
         raise DataError(f"the recipe has only {len(sites)} clients, fewer than the {count} sites asked for.")
@@ -230,6 +240,7 @@ def _policy(site: str, address: str, recipe: Recipe) -> dict[str, Any]:
         "max_upload_bytes": 256 << 20,
         "require_stages": [stage.id for stage in built["stages"]],
         "secure": [built["secure"].id] if built["secure"] else [],
+        "deduplicate": [kind.id] if (kind := recipe.deduplication()) else [],
     }
 
 

@@ -6,28 +6,32 @@ import json
 import re
 import time
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from pydantic import Field, ValidationError
 
 from fedfm import parts
 from fedfm.core import seeds
 from fedfm.core.plan import Members
+from fedfm.core.update import Member
+from fedfm.dedup.meeting import Meeting
 from fedfm.deploy import keys, logs
 from fedfm.deploy.bundle import see_deployable
 from fedfm.deploy.guard import Guard
 from fedfm.deploy.seal import Seal
-from fedfm.errors import RecipeError, StoreError
+from fedfm.errors import DataError, FedfmError, RecipeError, StoreError
 from fedfm.experiment import Experiment, loading
 from fedfm.federation import Federation
 from fedfm.links.link import Link
 from fedfm.observe.observer import Observer
 from fedfm.observe.tensorboard import TensorBoard
 from fedfm.recipe import Recipe, Section, read, unknown
+from fedfm.store.clients import ClientStore
 from fedfm.store.files import write_bytes, write_json
 from fedfm.store.folder import RunFolder
 from fedfm.store.plain_yaml import mapping
@@ -48,6 +52,8 @@ class Settings(Section):
         deadline_s: seconds after which a round goes on without the sites that have not answered, however they fare.
         enough: answers with which a round goes on at once, without the others; 0 means all. With a sampler that draws
             more sites than that, the slowest of each round do not count.
+        max_rows: rows that a site may hand in to be compared with those of others, where the recipe leaves duplicates
+            out: with each, a text can be tried.
         metrics: ``HOST:PORT`` at which Prometheus finds numbers of the run; empty means nowhere.
         labels: names of the classes, in the order of their numbers, where the task needs them: no site may choose them.
     """
@@ -60,6 +66,7 @@ class Settings(Section):
     patience_s: float = Field(300.0, gt=0)
     deadline_s: float = Field(86400.0, gt=0)
     enough: int = Field(0, ge=0)
+    max_rows: int = Field(1_000_000, ge=1)
     metrics: str = ""
     labels: tuple[str, ...] = ()
 
@@ -138,7 +145,8 @@ class Coordinator:
         """
         self.check(resume)
         if not resume:
-            (self.folder / "run.id").unlink(missing_ok=True)
+            for name in ("run.id", "compared.json"):
+                (self.folder / name).unlink(missing_ok=True)
         logs.begin(self.folder / "log.jsonl")
 
     @contextmanager
@@ -173,11 +181,16 @@ class Coordinator:
             "tell": self.tell,
         }
 
-    def guard(self) -> Guard:
-        """Signs messages of this run and checks replies."""
+    @cached_property
+    def seal(self) -> Seal:
+        """Its signing key, and the sites' public keys."""
         others = {name: keys.public(path) for name, path in self.sites.items()}
         if not others:
             raise RecipeError(f"{self.folder / 'sites'} holds no site's key. Put NAME.pub of each site there.")
+        return Seal(keys.private(self.folder / "signing.key"), others)
+
+    def guard(self) -> Guard:
+        """Signs messages of this run and checks replies."""
         # Paths of this machine are nobody's business; a site has rows of its own.
         source = self.recipe.data.source
         if not isinstance(source, str) and "path" in source:
@@ -187,10 +200,10 @@ class Coordinator:
         common = {
             "run": self.run_id,
             "recipe": sent.to_yaml(),
-            "members": len(others),
+            "members": len(self.seal.others),
             "labels": list(self.settings.labels),
         }
-        return Guard(Seal(keys.private(self.folder / "signing.key"), others), common, self.folder / "audit.jsonl")
+        return Guard(self.seal, common, self.folder / "audit.jsonl")
 
     def run(self, members: Members, link: type[Link], resume: bool) -> dict[str, Any]:
         """Run what is still to do.
@@ -204,6 +217,8 @@ class Coordinator:
             The content of ``results.json``, or ``{"status": "stopped"}``.
         """
         secret = seeds.derive(keys.secret(self.folder / "secret"), self.run_id)  # no two runs have the same noise
+        if self.recipe.data.deduplicate is not None:
+            members = self.compared(members, link)
         experiment = Deployed(self.recipe, members, link, self.settings.labels, secret)
 
         watching: list[Observer] = [logs.RoundLog(self.run_id)]
@@ -216,6 +231,64 @@ class Coordinator:
             return (TensorBoard(folder / "tensorboard"), *watching)
 
         return experiment.run(resume=resume, overwrite=False, observers=observers)
+
+    def compared(self, members: Members, link: type[Link]) -> Compared:
+        """The sites whose rows were compared, once in a run; a run that goes on tells each the same once more.
+
+        Raises:
+            FedfmError: fewer are left than a run needs; says who was dropped, and why.
+        """
+        place = self.folder / "compared.json"
+        limits = parts.build(Limits, self.recipe.limits, "limits")
+        asks = link(self.recipe.built()["method"], None, ClientStore(), seed=self.recipe.seed)
+        meeting = Meeting(asks, members, self.run_id, self.seal, limits)
+        noted = json.loads(place.read_text()) if place.exists() else None
+        if noted is None:
+            found = meeting.compared(self.recipe.deduplication(), self.settings.max_rows)
+            noted = {"left_out": found, "dropped": dict(meeting.dropped)}
+            if len(noted["left_out"]) >= self.least:
+                write_json(place, noted)  # Before anybody is told: a run that goes on must say the same.
+        left = meeting.told(noted["left_out"]) if len(noted["left_out"]) >= self.least else {}
+        dropped = {**noted["dropped"], **meeting.dropped}
+        if len(left) < self.least:
+            why = "".join(f"; {site!r} was dropped: {reason}" for site, reason in sorted(dropped.items()))
+            raise FedfmError(f"the rows of {self.least} sites must be compared, but those of {len(left)} were{why}")
+        for site, reason in sorted(dropped.items()):
+            logs.log.warning("dropped", extra={"about": {"run": self.run_id, "site": site, "reason": reason}})
+        gone = {site: len(noted["left_out"][site]) for site in left}
+        return Compared(
+            {site: replace(members.member(site), examples=count) for site, count in left.items()},
+            {site: count for site, count in gone.items() if count},
+            sorted(dropped),
+        )
+
+
+@dataclass(frozen=True)
+class Compared:
+    """The sites whose rows were compared.
+
+    Args:
+        members: each with the training rows that it has left.
+        duplicates: how many rows each leaves out, where it does.
+        dropped: sites that take no part.
+    """
+
+    members: Mapping[str, Member]
+    duplicates: Mapping[str, int]
+    dropped: Sequence[str]
+
+    @property
+    def ids(self) -> Sequence[str]:
+        return sorted(self.members)
+
+    def member(self, id: str) -> Member:
+        return self.members[id]
+
+    def rows(self, id: str, split: str) -> NoReturn:
+        raise DataError(f"the rows of client {id!r} are on its own machine; the server has none")
+
+    def pooled(self) -> Members:
+        raise DataError("the clients' rows are on their own machines; nobody can pool them")
 
 
 class Deployed(Experiment):
@@ -256,6 +329,8 @@ class Deployed(Experiment):
             "counts": counts,
             "left_out": [],
         }
+        if isinstance(self.members, Compared):
+            summary |= {"left_out": self.members.dropped, "duplicates": self.members.duplicates}
         write_json(folder.path / "data.json", {"summary": summary, "manifest": {"clients": sorted(counts)}})
         write_bytes(folder.path / "recipe.yaml", self.settled.to_yaml().encode())
 

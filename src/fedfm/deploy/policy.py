@@ -75,6 +75,9 @@ class Policy(Section):
             have them; 0 means no bound.
         require_stages: stages that uploads must pass, by kind.
         secure: kinds of secure aggregation, as patterns, of which the recipe must name one; empty asks for none.
+        deduplicate: kinds of deduplication, as patterns, for which rows may be compared with those of other sites; with
+            none, a recipe that asks for it is refused.
+        max_left_out: the largest share of the rows that a run may leave out as duplicates.
         max_epsilon: the most that the run may spend of $\\varepsilon$ of the site; ``None`` asks for no guarantee.
         max_example_epsilon: the same of each of the site's examples.
         max_delta: the largest $\\delta$ at which these count: at one near 1, every $\\varepsilon$ is small.
@@ -95,6 +98,8 @@ class Policy(Section):
     max_steps: int = Field(0, ge=0)
     require_stages: list[str] = []
     secure: list[str] = []
+    deduplicate: list[str] = []
+    max_left_out: float = Field(0.5, gt=0, le=1)
     max_epsilon: float | None = Field(None, gt=0, allow_inf_nan=False)
     max_example_epsilon: float | None = Field(None, gt=0, allow_inf_nan=False)
     max_delta: float = Field(1e-5, gt=0, lt=1)
@@ -182,6 +187,7 @@ class Policy(Section):
         plan = method.plan(Plan(alone, built["sampler"], built["training"], recipe.rounds))
         self._see_stages(own)
         self._see_secure(own)
+        self._see_comparison(recipe)
         self._see_steps(plan, recipe, examples)
         self._see_privacy(method, own, plan)
         self._see_examples(own["privacy"], plan, examples)
@@ -212,6 +218,16 @@ class Policy(Section):
         if size > self.max_upload_bytes:
             came = f"the update has {size} bytes"
             raise self._refused("max_upload_bytes", f"at most {self.max_upload_bytes} bytes to leave at once", came)
+
+    def see_left_out(self, count: int, rows: int) -> None:
+        """See that a run does not leave out too many rows as duplicates.
+
+        Raises:
+            Refused: it does.
+        """
+        if count > self.max_left_out * rows:
+            came = f"{count} of {rows} are to go"
+            raise self._refused("max_left_out", f"{self.max_left_out:.3g} of the rows to be left out", came)
 
     def _refused(self, key: str, allowed: str, came: str) -> Refused:
         return Refused(
@@ -258,6 +274,16 @@ class Policy(Section):
         if not any(fnmatchcase(kind, pattern) for pattern in self.secure):
             came = f"the recipe's secure is {_shown(kind)}" if kind else "the recipe has no secure"
             raise self._refused("secure", f"only recipes with secure of {', '.join(self.secure)}", came)
+
+    def _see_comparison(self, recipe: Recipe) -> None:
+        """See that rows may be compared with those of others, and that no guarantee is asked for which that breaks."""
+        if (spec := recipe.data.deduplicate) is None:
+            return
+        self._see_kind("deduplicate", self.deduplicate, "data.deduplicate", spec)
+        for key in ("max_epsilon", "max_example_epsilon"):
+            if (most := getattr(self, key)) is not None:
+                came = "by data.deduplicate its rows decide on which rows others train, and of that no epsilon speaks"
+                raise self._refused(key, f"an epsilon of at most {most:g}", came)
 
     def _see_steps(self, plan: Plan, recipe: Recipe, examples: int) -> None:
         if not self.max_steps:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import fcntl
 import json
 import re
+import time
 from collections.abc import Callable, Mapping
 from contextlib import chdir
 from dataclasses import dataclass
@@ -16,16 +17,20 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from datasets import ClassLabel
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
+from datasets import ClassLabel, Dataset
+from safetensors.torch import load, load_file
 
 from fedfm.core import seeds
 from fedfm.core.plan import Members
-from fedfm.core.update import Member
+from fedfm.core.update import Member, Update
 from fedfm.data.gather import from_datasets
 from fedfm.data.population import Population
 from fedfm.data.splits import Splits
+from fedfm.dedup.party import KEYS, LEAVE, PHASES, TAGS, Party
 from fedfm.deploy import channel, keys, policy
 from fedfm.deploy.cipher import Cipher
+from fedfm.deploy.kept import Kept
 from fedfm.deploy.logs import log
 from fedfm.deploy.parcels import Parcels
 from fedfm.deploy.seal import COORDINATOR, Seal
@@ -33,9 +38,11 @@ from fedfm.errors import BadUpdate, DataError, FedfmError, RecipeError, StoreErr
 from fedfm.experiment import loading
 from fedfm.federation import Federation
 from fedfm.links.node import Node, refusal
-from fedfm.links.tickets import INLINE, digest, ticket
+from fedfm.links.tickets import INLINE, digest, in_order, order, ticket
 from fedfm.links.worker import Worker
 from fedfm.recipe import Recipe
+from fedfm.secure.letters import numbers_in, of_numbers
+from fedfm.secure.parties import letter
 from fedfm.store.clients import ClientStore
 from fedfm.store.files import write_bytes, write_json, writing
 from fedfm.store.plain_yaml import loads
@@ -118,6 +125,8 @@ class Site:
         self._node: tuple[tuple[Any, ...], Node] | None = None
         self._answered: tuple[Any, Given] | None = None
         self._signs = _Signs()
+        self._kept: Kept | None = None
+        self._party: Party | None = None
         self.parcels = Parcels(self.state / "parcels")
 
     @property
@@ -198,8 +207,13 @@ class Site:
         asked = key, settings["phase"], settings.get("content") or digest(body)
         if self._answered is None or self._answered[0] != asked:
             self._answered = None
-            self._see_once(node, settings, asked[2])
-            given = self._worked(node, settings, down, key)
+            if settings["phase"] in PHASES:
+                given = self._compared(settings, down, key)
+            else:
+                if self._kept and not self._kept.known:
+                    raise BadUpdate("its rows were not compared with those of the other sites, as the recipe asks")
+                self._see_once(node, settings, asked[2])
+                given = self._worked(node, settings, down, key)
             if given[0]["status"] != "done":
                 return given
             self._answered = asked, given
@@ -245,10 +259,47 @@ class Site:
             self.policy.see_size(update)
         else:
             self.policy.release(update)
+        return self._packed(given, update, key)
+
+    def _packed(self, given: dict[str, Any], update: Update, key: Any) -> Given:
+        """An update on its way: in the reply, or the first of it, where it is fetched in parts."""
         if codec.size(update) <= INLINE:
             return given, codec.encode(update), None
         head, rest = self.parcels.pack(key, update)
         return {**given, "size": rest.stat().st_size}, head, rest
+
+    def _compared(self, settings: Mapping[str, Any], down: bytes | Path, key: Any) -> Given:
+        """A step of the comparison of rows before the first round.
+
+        Raises:
+            FedfmError: it cannot be done; the site drops out.
+        """
+        began, run, phase = time.monotonic(), str(settings["run"]), settings["phase"]
+        if self._kept is None:
+            raise BadUpdate("the recipe does not compare rows")
+        message = in_order(load_file(down) if isinstance(down, Path) else load(down), settings["order"])
+        if phase == KEYS:
+            self._party = Party(self.policy.name, run, Seal(self.seal.own, self._peers()))
+        if phase == LEAVE:
+            rows = self._rows(list(settings["labels"]))
+            self._kept.leave(rows, numbers_in(message, "left-out"), self.policy)
+            self._node = self._party = None  # From now on it has fewer rows.
+            tensors = of_numbers("examples", [self._ready(settings).member.examples])
+        elif self._party is None or self._party.run != run:
+            raise BadUpdate("it has no keys for the comparison of rows: it was not asked for any, or was restarted")
+        elif phase == TAGS:
+            rows = self._rows(list(settings["labels"]))
+            tensors = self._party.tags(message, self._kept.fingerprints(rows, self._signs.tell))
+        else:
+            tensors = self._party.keys() if phase == KEYS else self._party.deal(message)
+        update = letter(tensors, self.policy.name)
+        self.policy.see_size(update)
+        seconds, ways = time.monotonic() - began, order(update.tensors)
+        return self._packed({**refusal("", "done"), "seconds": seconds, "order": ways}, update, key)
+
+    def _peers(self) -> dict[str, Ed25519PublicKey]:
+        """The sites that this one knows."""
+        return {path.stem: keys.public(path) for path in sorted((self.folder / "peers").glob("*.pub"))}
 
     def _ready(self, settings: Mapping[str, Any]) -> Node:
         """The node of a run, made when the run or its recipe is new."""
@@ -266,6 +317,8 @@ class Site:
     def _made(self, run: str, text: str, count: int, labels: list[str]) -> Node:
         recipe = self._recipe(text)
         self._rounds = recipe.rounds
+        kind = recipe.deduplication()
+        self._kept = Kept(self.state / run / "rows.json", kind) if kind else None
         people = self._population(recipe, labels)
         name = self.policy.name
         self.policy.check(recipe, people.member(name).examples)
@@ -305,12 +358,17 @@ class Site:
         return self.policy.recipe(content)
 
     def _population(self, recipe: Recipe, labels: list[str]) -> Population:
-        """The site's rows as one client."""
+        """The site's rows as one client, without those that a comparison left out."""
+        rows = self._rows(labels)
+        if self._kept:
+            rows = self._kept.of(rows)
+        return from_datasets({self.policy.name: rows}, Splits(**recipe.data.splits.model_dump()), recipe.seed)
+
+    def _rows(self, labels: list[str]) -> Dataset:
+        """All rows of the site."""
         with chdir(self.folder):  # Paths in the policy are relative to it.
             rows = self.policy.source().load()
-        if labels:
-            rows = _numbered(rows, labels)
-        return from_datasets({self.policy.name: rows}, Splits(**recipe.data.splits.model_dump()), recipe.seed)
+        return _numbered(rows, labels) if labels else rows
 
     def _see_newer(self, settings: Mapping[str, Any]) -> None:
         """Refuse a message that is not newer than all before it, and remember it."""
