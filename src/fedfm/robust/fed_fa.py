@@ -24,26 +24,19 @@ import torch
 
 from fedfm.core import trees
 from fedfm.core.method import Paper
-from fedfm.core.traits import Trait, Traits
 from fedfm.core.update import Kind, Tensors, Update
-from fedfm.errors import require
-from fedfm.robust.estimator import aligned
 from fedfm.robust.geometry import away, distances
-from fedfm.robust.lfr import enough
-from fedfm.robust.screen import Screen
+from fedfm.robust.leaving_out import LeavingOut
 from fedfm.robust.sight import Sight
 
 
 @dataclass(frozen=True)
-class FedFA(Screen):
+class FedFA(LeavingOut):
     """Leave out $f$ uploads, one after the other, each time the one with the largest
     $I_k = \\sum_i H_i (x_{k,i} - \\bar x_i)^2$, where $\\bar x$ is the mean of those who are left and $H$ the diagonal
     of the curvature of the loss.
 
-    A round costs one gradient for each public row.
-
-    Args:
-        hostile: $f$, how many uploads are left out of each round.
+    A round costs one gradient for each public row. Of equally far uploads, the first by client id is left out.
     """
 
     paper: ClassVar[Paper | None] = Paper(
@@ -53,33 +46,16 @@ class FedFA(Screen):
         venue="NeurIPS",
     )
     id: ClassVar[str] = "fed-fa"
-    needs: ClassVar[Traits] = Screen.needs | {Trait.ONE_ASK, Trait.GLOBAL}
-    breaks: ClassVar[Traits] = frozenset()
     kinds: ClassVar[frozenset[Kind]] = frozenset({Kind.DELTA, Kind.WEIGHTS})
-    public: ClassVar[bool] = True
 
-    hostile: int = 1
-
-    def __post_init__(self) -> None:
-        require(self, "hostile", self.hostile >= 0, "at least 0")
-
-    def screen(self, updates: Sequence[Update], sight: Sight) -> list[Update]:
-        """All but $f$ uploads, as they came; of equally far ones, the first by client id is left out.
-
-        Raises:
-            RecipeError: no more than $f$ uploads arrived.
-        """
-        aligned(updates)
-        enough(self, self.hostile, len(updates))
-        if not self.hostile:
-            return list(updates)
+    def worst(self, updates: Sequence[Update], sight: Sight) -> list[str]:
         squares = self.divergences(updates, sight)
-        left = list(range(len(updates)))
+        left, out = list(range(len(updates))), []
         for _ in range(self.hostile):
             found = indicator(squares[left][:, left]).tolist()
-            worst = max(range(len(left)), key=lambda i: (found[i], -left[i]))
-            left.pop(worst)
-        return [updates[i] for i in left]
+            furthest = max(range(len(left)), key=lambda i: (found[i], -left[i]))
+            out.append(updates[left.pop(furthest)].member)
+        return out
 
     def divergences(self, updates: Sequence[Update], sight: Sight) -> torch.Tensor:
         """$\\sum_i H_i (x_{k,i} - x_{j,i})^2$ between C uploads, ``[C, C]``, with $H$ of mean 1."""

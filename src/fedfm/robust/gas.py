@@ -27,7 +27,7 @@ from fedfm.core.traits import Traits
 from fedfm.core.update import Update
 from fedfm.errors import RecipeError, require
 from fedfm.robust.estimator import Estimator, aligned
-from fedfm.robust.lfr import enough
+from fedfm.robust.leaving_out import enough
 from fedfm.robust.screen import Screen
 from fedfm.robust.sight import Sight
 

@@ -17,24 +17,19 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from fedfm.core.method import Paper
-from fedfm.core.traits import Trait, Traits
 from fedfm.core.update import Update
-from fedfm.errors import RecipeError, require
-from fedfm.robust.estimator import aligned
-from fedfm.robust.screen import Screen
+from fedfm.robust.leaving_out import LeavingOut
 from fedfm.robust.sight import Sight
 
 
 @dataclass(frozen=True)
-class LFR(Screen):
+class LFR(LeavingOut):
     """Leave out the $f$ uploads $k$ with the largest $L(\\text{all}) - L(\\text{all but } k)$, where $L$ is the loss of
     the model that the round would make of these uploads.
 
     The base rule of the paper is the run's own: its mean or estimator, and what the method does with it. A round costs
-    one evaluation on the public rows for each upload, and one more.
-
-    Args:
-        hostile: $f$, how many uploads are left out of each round.
+    one evaluation on the public rows for each upload, and one more. Of equally harmful uploads, the first by client id
+    is left out.
     """
 
     paper: ClassVar[Paper | None] = Paper(
@@ -45,35 +40,8 @@ class LFR(Screen):
         arxiv="1911.11815",
     )
     id: ClassVar[str] = "lfr"
-    needs: ClassVar[Traits] = Screen.needs | {Trait.ONE_ASK, Trait.GLOBAL}
-    breaks: ClassVar[Traits] = frozenset()
-    public: ClassVar[bool] = True
 
-    hostile: int = 1
-
-    def __post_init__(self) -> None:
-        require(self, "hostile", self.hostile >= 0, "at least 0")
-
-    def screen(self, updates: Sequence[Update], sight: Sight) -> list[Update]:
-        """All but $f$ uploads, as they came; of equally harmful ones, the first by client id is left out.
-
-        Raises:
-            RecipeError: no more than $f$ uploads arrived.
-        """
-        aligned(updates)
-        enough(self, self.hostile, len(updates))
-        if not self.hostile:
-            return list(updates)
+    def worst(self, updates: Sequence[Update], sight: Sight) -> list[str]:
         whole = sight.loss(updates)
         harm = {u.member: whole - sight.loss([other for other in updates if other is not u]) for u in updates}
-        worst = sorted(harm, key=lambda member: (-harm[member], member))[: self.hostile]
-        return [update for update in updates if update.member not in worst]
-
-
-def enough(part: Screen, hostile: int, arrived: int) -> None:
-    """Raise ``RecipeError`` unless something is left when ``hostile`` of the uploads that ``arrived`` are left out."""
-    if hostile >= arrived:
-        raise RecipeError(
-            f"{type(part).__name__} hostile must be below the {arrived} uploads that arrived, but is {hostile}. "
-            "Lower hostile, or let the sampler draw more clients."
-        )
+        return sorted(harm, key=lambda member: (-harm[member], member))[: self.hostile]

@@ -20,21 +20,19 @@ from typing import ClassVar
 
 from fedfm.core import trees
 from fedfm.core.method import Paper
-from fedfm.core.traits import Trait, Traits
 from fedfm.core.update import Kind, Update
 from fedfm.errors import require
-from fedfm.robust.estimator import aligned
-from fedfm.robust.lfr import enough
-from fedfm.robust.screen import Screen
+from fedfm.robust.leaving_out import LeavingOut
 from fedfm.robust.sight import Sight
 
 
 @dataclass(frozen=True)
-class Zeno(Screen):
+class Zeno(LeavingOut):
     """Keep the $n - b$ uploads with the highest $f(x) - f(x + \\Delta_k) - \\rho \\lVert \\Delta_k \\rVert^2$, where
     $f$ is the loss on the server's rows.
 
-    A round costs one evaluation on the public rows for each upload, and one more.
+    A round costs one evaluation on the public rows for each upload, and one more. Of equally good uploads, the first by
+    client id is kept.
 
     Args:
         hostile: $b$, how many uploads are left out of each round.
@@ -49,31 +47,17 @@ class Zeno(Screen):
         arxiv="1805.10032",
     )
     id: ClassVar[str] = "zeno"
-    needs: ClassVar[Traits] = Screen.needs | {Trait.ONE_ASK, Trait.GLOBAL}
-    breaks: ClassVar[Traits] = frozenset()
     kinds: ClassVar[frozenset[Kind]] = frozenset({Kind.DELTA})
-    public: ClassVar[bool] = True
 
-    hostile: int = 1
     fine: float = 0.05
 
     def __post_init__(self) -> None:
-        require(self, "hostile", self.hostile >= 0, "at least 0")
+        super().__post_init__()
         require(self, "fine", 0 <= self.fine < float("inf"), "at least 0 and finite")
 
-    def screen(self, updates: Sequence[Update], sight: Sight) -> list[Update]:
-        """The best uploads, as they came; of equally good ones, the first by client id.
-
-        Raises:
-            RecipeError: no more than $b$ uploads arrived.
-        """
-        aligned(updates)
-        enough(self, self.hostile, len(updates))
-        if not self.hostile:
-            return list(updates)
+    def worst(self, updates: Sequence[Update], sight: Sight) -> list[str]:
         found = self.scores(updates, sight)
-        best = sorted(found, key=lambda member: (-found[member], member))[: len(updates) - self.hostile]
-        return [update for update in updates if update.member in best]
+        return sorted(found, key=lambda member: (-found[member], member))[-self.hostile :]
 
     def scores(self, updates: Sequence[Update], sight: Sight) -> dict[str, float]:
         """The score of each upload, by client id."""
