@@ -43,8 +43,8 @@ class DBA(BadNets):
     def words(self, who: Hostile) -> str:
         if who.count < 2:
             raise RecipeError(
-                "DBA splits its trigger among hostile clients, but there is only one. Use badnets, or set "
-                "threat.clients higher."
+                f"{type(self).__name__} splits its trigger among hostile clients, but there is only one. Use badnets, "
+                "or set threat.clients higher."
             )
         words = self.trigger.split()
         parts = min(len(words), who.count)

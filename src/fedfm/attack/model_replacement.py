@@ -21,6 +21,7 @@ import torch
 
 from fedfm.attack.badnets import BadNets
 from fedfm.attack.threat import Hostile, Sight
+from fedfm.attack.vectors import length
 from fedfm.core import trees
 from fedfm.core.jobs import Fit, Job
 from fedfm.core.method import Paper
@@ -39,8 +40,7 @@ class Near:
     factor: float
 
     def __call__(self, weights: Tensors, start: Tensors) -> torch.Tensor:
-        norms = [torch.linalg.vector_norm(w - start[name]) for name, w in weights.items()]
-        return self.factor * torch.linalg.vector_norm(torch.stack(norms))
+        return self.factor * length({name: w - start[name] for name, w in weights.items()})
 
 
 @dataclass(frozen=True, kw_only=True)

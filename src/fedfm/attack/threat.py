@@ -39,6 +39,20 @@ Pretrain = Callable[[Tensors, int], Tensors]
 """Trains tensors for so many optimizer steps on the public rows."""
 
 
+@dataclass
+class Circle:
+    """The hostile clients of a run, among themselves.
+
+    Args:
+        ids: their names, in the order of their ranks.
+        told: what those who worked in this round already have told the others, by a name. They work one after the other
+            in the order of their ranks, and each must go by what those before it said alone: a task may be begun again.
+    """
+
+    ids: tuple[str, ...] = ()
+    told: dict[str, Any] = field(default_factory=dict)
+
+
 @dataclass(frozen=True)
 class Hostile:
     """Who a hostile client is.
@@ -49,6 +63,7 @@ class Hostile:
         count: how many hostile clients the run has.
         classes: how many the task has, $K$; 0 where it has none.
         draw: random numbers for this client.
+        circle: the others, where it is asked for a job.
     """
 
     id: str
@@ -56,6 +71,7 @@ class Hostile:
     count: int
     classes: int
     draw: torch.Generator
+    circle: Circle = field(default_factory=Circle, compare=False)
 
 
 @dataclass
@@ -168,3 +184,8 @@ class Threat(Part):
     def probe(self, rows: Rows) -> Rows:
         """Held-out rows as the attacker would change them, with the answer that it wants; of a targeted threat."""
         return []
+
+    def trial(self, job: Job, circle: Circle) -> Job:
+        """What is asked of a client's model to see whether the attack succeeds, instead of ``job``, which scores it on
+        the rows of :meth:`probe`. Nobody has told anything when the first client of a round of scores is asked."""
+        return job

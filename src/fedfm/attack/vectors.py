@@ -29,3 +29,8 @@ def tensors(vector: torch.Tensor, like: Tensors) -> dict[str, torch.Tensor]:
     return {
         name: part.view(t.shape).to(t.dtype).to(t.device) for (name, t), part in zip(like.items(), parts, strict=True)
     }
+
+
+def length(change: Tensors) -> torch.Tensor:
+    """The norm of all tensors together, differentiable in them; of nothing but zeros its gradient is zero."""
+    return torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(t) for t in change.values()]))

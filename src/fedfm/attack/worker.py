@@ -8,7 +8,7 @@ from functools import partial
 from typing import Any
 
 from fedfm.attack.attack import POISONED, PROBED, Attack, Probed
-from fedfm.attack.threat import Sight
+from fedfm.attack.threat import Circle, Sight
 from fedfm.core.client import Task
 from fedfm.core.update import Member, Tensors, Update
 from fedfm.links.worker import Asked, Done, Worker
@@ -35,12 +35,15 @@ class Attacked(Worker):
         self.attack = attack
         self._probed = Probed(self.trainer.task)
         self._hostile: frozenset[str] = frozenset()
+        self._circle = Circle()
+        self._probing = False
         self._late: dict[str, tuple[Task, Asked]] = {}
         self._seen: dict[str, Update] = {}
 
     def tasks(self, phase: str, round: int, messages: Mapping[Member, Tensors]) -> Iterator[Done]:
         works = phase in self.method.phases
         self._hostile = frozenset(self.attack.active(round, [m.id for m in messages]) if works else ())
+        self._circle, self._probing = Circle(self.attack.hostile), phase in PROBES
         self._late, self._seen = {}, {}
         forges = self._forges(phase)
         if forges and self.attack.threat.knowledge != "local":
@@ -85,10 +88,13 @@ class Attacked(Worker):
         self._turn(task)
 
     def _turn(self, task: Task) -> None:
-        """Let a hostile client ask for something else."""
-        client = task.client
+        """Let a hostile client ask for something else, and have the attack tried out in its own way."""
+        client, threat = task.client, self.attack.threat
         if task.job is not None and client.member.id in self._hostile:
-            task.job = self.attack.threat.job(task.job, self.attack.who(client.member.id, client.round, "job"))
+            who = self.attack.who(client.member.id, client.round, "job")
+            task.job = threat.job(task.job, replace(who, circle=self._circle))
+        elif task.job is not None and self._probing:
+            task.job = threat.trial(task.job, self._circle)
 
     def _finish(self, done: Done, task: Task, asked: Asked) -> None:
         if not self._forges(asked.phase):
