@@ -15,11 +15,12 @@ from fedfm.federation import Federation
 from fedfm.parts import Spec
 from fedfm.privacy.dp_sgd import DPSGD
 from fedfm.robust.estimator import Estimator
+from fedfm.schedule.schedule import Schedule
 from fedfm.wire.stage import Stage
 
 NONE = "none"
 """Name of the row without an attack and of the column without a defence."""
-FOLDERS = ("robust", "wire", "privacy")
+FOLDERS = ("robust", "wire", "privacy", "schedule")
 """Where defences are."""
 
 
@@ -39,7 +40,7 @@ class Matrix:
     Args:
         main: the federation without attack and defence.
         attacks: specs of threats.
-        defences: specs of screens, estimators, stages, and what protects examples.
+        defences: specs of screens, estimators, stages, schedules, and what protects examples.
 
     Raises:
         RecipeError: a part that there is not, or one that is named twice.
@@ -95,6 +96,8 @@ class Matrix:
             return {"mean": one}
         if isinstance(one, DPSGD):
             return {"privacy": one}
+        if isinstance(one, Schedule):
+            return {"schedule": one}
         return {"stages" if isinstance(one, Stage) else "screens": (one,)}
 
     def table(

@@ -136,9 +136,9 @@ class Recipe(Section):
         threat: what hostile clients do, such as ``sign-flip``; in simulation only.
         attacks: threats under each of which it is run, beside a run without any; see ``defences``.
         watermark: marks by which it can be told later whose the model is, such as ``waffle``.
-        defences: screens, estimators and stages with each of which it is run, beside a run without any: together with
-            ``attacks``, a table of each attack against each defence. A setting ``hostile`` that is not given is the
-            number of hostile clients.
+        defences: screens, estimators, stages and schedules with each of which it is run, beside a run without any:
+            together with ``attacks``, a table of each attack against each defence. A setting ``hostile`` that is not
+            given is the number of hostile clients.
         references: methods run beside it at the same budget, for comparison.
         samples: dialogues shown before and after training.
         checkpoints: which rounds' checkpoints stay.

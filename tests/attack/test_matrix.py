@@ -25,6 +25,8 @@ from fedfm.recipe import parse
 from fedfm.robust import Krum, Median, TrimmedMean
 from fedfm.robust.multi_krum import MultiKrum
 from fedfm.sample import Uniform
+from fedfm.schedule.synchronous import Synchronous
+from fedfm.schedule.zenopp import ZenoPP
 from fedfm.spaces import Full
 from fedfm.tasks import Classify
 from fedfm.train.bench import Bench
@@ -87,6 +89,14 @@ def test_every_attack_meets_every_defence(bench: Bench) -> None:
     assert runs[f"sign-flip+{OWN}"].stages == (Half(),)
     assert runs["none+krum"].threat is None
     assert runs["label-flip+krum"].threat == runs["label-flip+none"].threat
+
+
+def test_a_schedule_is_a_defence_of_attacks_that_need_no_others(bench: Bench) -> None:
+    runs = Matrix(made(bench), ["sign-flip"], ["zenopp"]).runs()
+    assert runs["sign-flip+zenopp"].schedule == ZenoPP()
+    assert isinstance(runs["sign-flip+none"].schedule, Synchronous)
+    with pytest.raises(Incompatible, match="ALIE looks at the uploads of a whole round, but ZenoPP takes them one by"):
+        Matrix(made(bench), ["alie"], ["zenopp"]).runs()
 
 
 def test_defences_of_the_recipe_stay(bench: Bench) -> None:

@@ -78,7 +78,10 @@ def compare(
         str, typer.Option(help="Ids of threats, separated by commas: one method under each of them; in simulation.")
     ] = "",
     defences: Annotated[
-        str, typer.Option(help="Ids of screens, estimators and stages, separated by commas: each against each attack.")
+        str,
+        typer.Option(
+            help="Ids of screens, estimators, stages and schedules, separated by commas: each against each attack."
+        ),
     ] = "",
     hostile: Annotated[
         float | None, typer.Option(help="Share of the clients that --attacks make hostile; 0.2 unless given.")
