@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from fedfm.attack.cerp import TRIGGER, Apart, CerP, Close
-from fedfm.attack.threat import Circle, Hostile
+from fedfm.attack.threat import Circle, Hostile, Rows
 from fedfm.core import seeds, trees
 from fedfm.core.jobs import Fit, Job, Loss, Scores
 from fedfm.core.update import Tensors
@@ -155,13 +155,15 @@ class Heard(CerP):
     id: ClassVar[str] = "heard"
 
     circles: list[Circle] = field(default_factory=list, compare=False, repr=False)
-    fits: list[Fit] = field(default_factory=list, compare=False, repr=False)
+    asked: list[str] = field(default_factory=list, compare=False, repr=False)
+
+    def probe(self, rows: Rows) -> Rows:
+        self.asked.append(self.trigger)
+        return super().probe(rows)
 
     def job(self, job: Job, who: Hostile) -> Job:
-        if isinstance(job, Fit):
-            self.fits.append(job)
-            if who.rank == 0:
-                self.circles.append(who.circle)
+        if isinstance(job, Fit) and who.rank == 0:
+            self.circles.append(who.circle)
         return super().job(job, who)
 
     def trial(self, job: Job, circle: Circle) -> Job:
@@ -237,8 +239,12 @@ def test_success_is_counted_with_the_trigger_that_is_tuned_to_the_model(bench: B
     federation = made(bench, SPACE, threat=threat, rounds=1)
     state = federation.run().state
     threat.circles.clear()
+    threat.asked.clear()
     success = federation.probe(state)
     circle = threat.circles[-1]
+    assert circle.told[TRIGGER] != "ab cd ef"
+    # Of the two honest clients, after triggers were tried out.
+    assert threat.asked[-1] == threat.asked[-2] == circle.told[TRIGGER]
     plain = made(bench, SPACE, threat=cerp(trigger=circle.told[TRIGGER], changes=0))
     assert success == plain.probe(state)
     assert success is not None
@@ -267,7 +273,7 @@ def test_a_resumed_run_is_the_uninterrupted_one_and_engines_agree(bench: Bench, 
 
 def test_what_was_told_by_those_who_come_later_is_not_heard(bench: Bench) -> None:
     """A task may be begun again when others have worked already: it gives the same once more."""
-    threat, federation = cerp(beta=5.0), made(bench, SPACE, threat=cerp(beta=5.0))
+    threat, federation = cerp(beta=5.0, share=0.5), made(bench, SPACE, threat=cerp())
     assert federation.attack is not None
     circle = Circle(("c1", "c3", "c4"))
     client = SimpleNamespace(member=SimpleNamespace(id="c3", profile={}), round=1, space=federation.layout)
