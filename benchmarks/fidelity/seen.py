@@ -55,8 +55,18 @@ CONFIGURATIONS: dict[str, dict[str, Any]] = {
         "secure": {"kind": "secagg", "max_value": 0.1, "max_weight": 1},
         "stages": [CLIP, {"kind": "gaussian", "noise_multiplier": 1.0, "delta": 1e-2}],
     },
+    "secagg; adaptive-clip, gaussian": {
+        "secure": {"kind": "secagg", "max_value": 0.1, "max_weight": 1},
+        "stages": ["adaptive-clip", {"kind": "gaussian", "noise_multiplier": 1.0, "delta": 1e-2}],
+    },
+    "secagg; clip, distributed-gaussian": {
+        "secure": "secagg",
+        "stages": [CLIP, {"kind": "distributed-gaussian", "noise_multiplier": 1.0, "delta": 1e-2}],
+    },
+    "smpc-additive": {"secure": {"kind": "smpc-additive", "max_value": 0.1}},
     "ckks": {"secure": {"kind": "ckks", "max_value": 0.1}},
     "fedml-he": {"secure": {"kind": "fedml-he", "max_value": 0.1}},
+    "method nbafl": {"method": {"kind": "nbafl", "max_norm": 2.0}},
     "method local-only": {"method": "local-only"},
 }
 """What is changed of the recipe, by name."""
@@ -99,10 +109,11 @@ def likeness(one: torch.Tensor, other: torch.Tensor) -> float:
 def arrived(watched: Watched, like: Sequence[str]) -> dict[str, torch.Tensor]:
     """By client, the vector that a server can make of what came from it, ``[d]``; nothing where it is no such vector.
 
-    Of masked bytes it makes the integers that they spell, which is the best reading that there is; of ciphertexts
-    nothing. Where coordinates are in the open beside them, the others are 0.
+    Of masked bytes and of a share it makes the integers that they spell, which is the best reading that there is; of
+    ciphertexts nothing. Where coordinates are in the open beside them, the others are 0.
     """
     phase, found = watched.federation.method.phases[-1], {}
+    size = sum(t.numel() for t in watched.federation.layout.initial.values())
     if watched.single:
         for one in watched.exposed():
             if set(like) <= set(one.change):
@@ -110,9 +121,10 @@ def arrived(watched: Watched, like: Sequence[str]) -> dict[str, torch.Tensor]:
         return found
     for heard in watched.heard:
         if heard.phase == phase:
-            if (packed := heard.update.tensors.get(f"{MARK}masked")) is not None:
-                found[heard.member] = _numbers(packed)[:-2]
-            elif (packed := heard.update.tensors.get(f"{MARK}plain")) is not None:
+            sealed = [heard.update.tensors.get(f"{MARK}{name}") for name in ("masked", "share")]
+            for packed in filter(lambda one: one is not None, sealed):
+                found[heard.member] = _numbers(packed)[:size]  # What travels beside the upload comes last.
+            if (packed := heard.update.tensors.get(f"{MARK}plain")) is not None:
                 bits = np.unpackbits(heard.message[f"{MARK}mask"].numpy())
                 plain = torch.from_numpy(bits[: len(packed) + int(bits.sum())] == 0)
                 found[heard.member] = torch.zeros(len(plain), dtype=torch.float64)
