@@ -190,6 +190,22 @@ def test_a_public_key_that_is_none_drops_its_owner_alone(federation: Make) -> No
     assert same(outcome.state.weights, opened(federation, FedIT(), members=people.only("c1", "c2", "c3"), rounds=1))
 
 
+def test_two_clients_with_one_key_are_not_let_in(federation: Make) -> None:
+    first: list[Tensors] = []
+
+    def forge(phase: str, round: int, client: str, tensors: dict[str, Any]) -> Tensors:
+        if phase != "secure/keys" or client not in ("c0", "c3"):
+            return tensors
+        first.append(tensors)
+        return first[0]
+
+    people = crowd(5)
+    outcome = federation(FedIT(), members=people, rounds=1, link=Wire(forge=forge)).run()
+    assert outcome.records[1]["dropped"] == [{"client": "c3", "reason": "its public key is another client's"}]
+    left = people.only("c0", "c1", "c2", "c4")
+    assert same(outcome.state.weights, opened(federation, FedIT(), members=left, rounds=1))
+
+
 def test_a_ciphertext_under_another_key_is_noticed_when_opened(federation: Make) -> None:
     def forge(phase: str, round: int, client: str, tensors: dict[str, Any]) -> Tensors:
         if (phase, client) != ("local", "ann"):
@@ -383,9 +399,10 @@ def test_what_a_client_refuses_of_a_server() -> None:
 def test_a_key_of_the_round_that_was_changed_is_refused() -> None:
     made, public = holders()
     dealt = made[0].deal(public) | public | of_numbers("dealer", [0])
-    dealt["secure:secret"][50] ^= 1
+    spoilt = {**dealt, "secure:secret": dealt["secure:secret"].clone()}
+    spoilt["secure:secret"][50] ^= 1
     with pytest.raises(BadUpdate, match="what was sealed for it cannot be opened"):
-        made[1].meet(dealt)
+        made[1].meet(spoilt)
     # What was sealed for one opens nothing for another, and nothing in another round.
     rows = dealt["secure:sealed"].numpy()
     with pytest.raises(BadUpdate, match="what was sealed for it cannot be opened"):
@@ -394,6 +411,9 @@ def test_a_key_of_the_round_that_was_changed_is_refused() -> None:
     late._pair = made[1]._pair
     with pytest.raises(BadUpdate, match="what was sealed for it cannot be opened"):
         late.meet(dealt)
+    same_round = Holder(1, CODE)
+    same_round._pair = made[1]._pair
+    same_round.meet(dealt)
 
 
 # What it goes with.
