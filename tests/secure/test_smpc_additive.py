@@ -242,11 +242,12 @@ def test_without_a_holder_the_round_does_not_count(federation: Make, phase: str)
     ],
 )
 def test_with_too_few_left_the_round_does_not_count(federation: Make, phase: str, lost: int, words: str) -> None:
-    gone = tuple(f"c{k}" for k in (0, 3)[:lost])
-    made = federation(Half(), members=crowd(4), rounds=1, link=Wire(gone={phase: gone}))
+    wire = Wire(gone={phase: tuple(f"c{k}" for k in (0, 3)[:lost])})
+    made = federation(Half(), members=crowd(4), rounds=1, link=wire)
     outcome = made.run()
     assert outcome.records[1]["secure"]["ended"] == words
     assert same(outcome.state.weights, made.start().weights)
+    assert ("local" in wire.phases(1)) == (phase == "local"), "nobody trains in vain"
 
 
 def test_bad_answers_drop_their_senders_by_name(federation: Make) -> None:
@@ -326,9 +327,8 @@ def test_what_a_client_refuses_of_a_server() -> None:
         BadUpdate, match=r"the server says that \[2\] clients are in the round, fewer than can be summed"
     ):
         made[2].deal(two | of_numbers("clients", [2]))
-    made[3].meet({})
     with pytest.raises(BadUpdate, match="it has dealt no shares of its upload"):
-        made[3].lock(CODE.ring(4).zeros(3))
+        made[3].meet({})
 
 
 def held() -> Sharer:
@@ -365,7 +365,14 @@ def test_who_dealt_nothing_holds_nothing() -> None:
     made, keys = sharers()
     with pytest.raises(BadUpdate, match="it was asked for 'hold' after 'keys'"):
         made[0].hold(of_bytes("keys", keys) | of_bytes("sealed", np.zeros((4, 60), np.uint8)))
+    # What a holder sealed for another one is no letter to itself.
+    one, keys = sharers()
+    question = of_bytes("keys", keys[:2].copy()) | of_numbers("clients", [4])
+    own = one[0].deal(question)["secure:sealed"].numpy()
+    back = of_bytes("keys", keys[:2].copy()) | of_bytes("sealed", own)
+    assert one[0].hold(back)["secure:opened"].tolist() == [[1], [0]]
     # What is sealed in one round opens in no other.
+    made, keys = sharers()
     late = Sharer(2, CODE, 2, 0.5)
     late._pair = made[1]._pair
     question = of_bytes("keys", keys[1:3].copy()) | of_numbers("clients", [4])

@@ -66,7 +66,7 @@ class Sharer:
             raise BadUpdate(f"the server says that {clients} clients are in the round, fewer than can be summed")
         [self.clients] = clients
         self._seeds = [os.urandom(KEY) for _ in keys]
-        sealed = [seal(self._agreed(key), seed) for key, seed in zip(keys, self._seeds, strict=True)]
+        sealed = [seal(self._agreed(key, key), seed) for key, seed in zip(keys, self._seeds, strict=True)]
         return of_bytes("sealed", table(sealed, SEALED))
 
     def hold(self, message: Tensors) -> dict[str, torch.Tensor]:
@@ -75,7 +75,7 @@ class Sharer:
         keys = bytes_in(message, "keys", -1, KEY)
         for key, sealed in zip(keys, bytes_in(message, "sealed", len(keys), SEALED), strict=True):
             try:
-                self._held.append(unseal(self._agreed(key.tobytes()), sealed.tobytes()))
+                self._held.append(unseal(self._agreed(key.tobytes(), self._pair.public), sealed.tobytes()))
             except BadUpdate:
                 self._held.append(None)
         opened = [[CANNOT if seed is None else CAN] for seed in self._held]
@@ -84,13 +84,13 @@ class Sharer:
     def meet(self, message: Tensors) -> dict[str, torch.Tensor]:
         """What of a message is for the method."""
         self._turn("meet")
+        if not self._seeds:
+            raise BadUpdate("it has dealt no shares of its upload")
         return {name: tensor for name, tensor in message.items() if not name.startswith(MARK)}
 
     def lock(self, vector: Vector) -> dict[str, torch.Tensor]:
         """The server's share: the vector, which is overwritten, without the shares of the holders."""
         self._turn("lock", after="meet")
-        if not self._seeds:
-            raise BadUpdate("it has dealt no shares of its upload")
         for seed in self._seeds:
             masks.add(vector, seed, -1)
         self._seeds = []
@@ -113,5 +113,6 @@ class Sharer:
         self._held = []
         return of_bytes("sum", ring.pack(total))
 
-    def _agreed(self, public: bytes) -> bytes:
-        return self._pair.agreed(public, "share", self.round)
+    def _agreed(self, public: bytes, holder: bytes) -> bytes:
+        # By whom it is for, as two holders write to each other, too.
+        return self._pair.agreed(public, f"share for {holder.hex()}", self.round)

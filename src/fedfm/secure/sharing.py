@@ -53,6 +53,7 @@ class Sharing(Gathering):
         keys = of_bytes("keys", table([self.keys[one] for one in holders], KEY))
         self.ask(DEAL, self.to(dict.fromkeys(self.keys, keys | of_numbers("clients", [asked]))), self._dealt)
         able = self._held(holders)
+        self.enough(able, least)  # Before they train in vain.
         total, survivors = self.ring.zeros(length), list[int]()
 
         def add(client: int, answer: Tensors) -> None:
