@@ -37,7 +37,10 @@ PAGE = HERE.parents[1] / "docs" / "attacks-measured.md"
 
 CLIENTS, SHARE, EACH = 10, 0.2, 48
 TRAINING = {**HEADLINES["training"], "learning_rate": 6e-3}
-FIRST = frozenset({NONE, "krum", "median", "sign-flip", "badnets", "min-max"})
+FIRST = frozenset(
+    {NONE, "krum", "median", "flame", "foolsgold"}
+    | {"sign-flip", "badnets", "min-max", "model-replacement", "pga", "proattack", "cerp"}
+)
 """What is run first, where there is no time for all."""
 TARGET = {"target": 2, "share": 0.5}
 ATTACKS: tuple[Spec, ...] = (
@@ -128,6 +131,7 @@ def measure(seed: int, rounds: int) -> None:
     }
     before = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
     cells = known(before, json.loads(json.dumps(settings)))
+    bases = unpoisoned(runs, {a: v for a, v in before.get("bases", {}).items() if f"{a}+{NONE}" in cells})
     spent = before["processor_seconds"] if cells else 0.0
     for name in order(runs):
         if name in cells:
@@ -141,6 +145,7 @@ def measure(seed: int, rounds: int) -> None:
             **shown,
             "defences": [NONE, *map(kind, [*DEFENCES, *ONE_BY_ONE])],
             "cells": cells,
+            "bases": bases,
             "settings": settings,
             "data": f"{headlines().about}, {CLIENTS} clients dealt by chance, {EACH} rows each",
             "processor_seconds": round(spent, 1),
@@ -149,6 +154,20 @@ def measure(seed: int, rounds: int) -> None:
         }
         RESULTS.write_text(json.dumps(found, indent=1) + "\n")
         print(f"{name:<32} {cells[name]}", flush=True)
+
+
+def unpoisoned(runs: Mapping[str, Federation], before: Mapping[str, float]) -> dict[str, float]:
+    """By attack, how often a model that nobody attacked gives the answer that is wanted where the trigger is."""
+    aimed = {
+        name.removesuffix(f"+{NONE}"): run
+        for name, run in runs.items()
+        if name.endswith(f"+{NONE}") and run.threat and run.threat.targeted
+    }
+    found = {attack: before[attack] for attack in aimed if attack in before}
+    if found.keys() != aimed.keys():
+        state = runs[f"{NONE}+{NONE}"].run().state
+        found |= {a: share for a, run in aimed.items() if a not in found and (share := run.probe(state)) is not None}
+    return found
 
 
 def known(before: Mapping[str, Any], settings: Mapping[str, Any]) -> dict[str, Any]:
@@ -205,6 +224,10 @@ def page(found: Mapping[str, Any]) -> str:
             "## Success of attacks with an aim: share of held-out rows with the trigger given the attacker's class",
             "",
             *block("attack_success", aimed, lambda v: f"{100 * v:.0f} %"),
+            "Of the model that nobody attacked, by chance or because the trigger itself says something: "
+            + ", ".join(f"`{attack}` {100 * share:.0f} %" for attack, share in found["bases"].items())
+            + ".",
+            "",
             "## What is to be read from it, and what not",
             "",
             *READING,
