@@ -232,13 +232,16 @@ def test_a_site_shares_no_key_with_a_stranger() -> None:
 
 def test_a_signature_of_another_run_or_site_is_none() -> None:
     sites = Sites()
-    for run, name in (("b" * 32, "bob"), (RUN, "ann")):
-        public = KeyPair().public
-        signature = sites.seals["bob"].sign("dedup key", {"run": run, "site": name}, public)
-        party = Party("ann", RUN, sites.seals["ann"])
-        message = introduced([("ann", party._pair.public, b"s" * 64), ("bob", public, signature)])
+    party = Party("ann", RUN, sites.seals["ann"])
+    own = ("ann", party._pair.public, b"s" * 64)
+    for run, name in (("b" * 32, "bob"), (RUN, "cid")):
+        other = Party(name, run, sites.seals["bob"]).keys()  # What bob signs there is passed on as bob's here.
+        key, signature = (bytes_in(other, of, 1, -1).tobytes() for of in ("keys", "signatures"))
         with pytest.raises(BadUpdate, match="its signature is not that of 'bob'"):
-            party.deal(message)
+            party.deal(introduced([own, ("bob", key, signature)]))
+    again = Party("bob", RUN, sites.seals["bob"]).keys()
+    key, signature = (bytes_in(again, of, 1, -1).tobytes() for of in ("keys", "signatures"))
+    assert party.deal(introduced([own, ("bob", key, signature)]))
 
 
 # Sites that lie or drop out.
