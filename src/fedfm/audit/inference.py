@@ -11,7 +11,7 @@ from fedfm.core.traits import Part
 if TYPE_CHECKING:
     from fedfm.audit.case import Case
 
-Aim = Literal["membership", "reconstruction", "extraction", "attribute"]
+Aim = Literal["membership", "reconstruction", "extraction", "attribute", "property"]
 Sees = Literal["model", "uploads", "dispatch"]
 """What an attacker has: the ``model`` after training, as everybody who gets it; the ``uploads`` of a round as the
 server reads them; or ``dispatch``, where the server also changes what it hands out."""
