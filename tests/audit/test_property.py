@@ -78,6 +78,8 @@ def test_a_sketch_is_linear_but_for_its_length_and_keeps_angles() -> None:
         float(torch.cosine_similarity(flat[0] + flat[1], flat[0], 0)), abs=0.1
     )
     assert abs(float(of(one) @ of(one, seed=1))) < 0.1
+    left, right = ({"a": torch.full((4000,), x), "b": torch.full((4000,), 1 - x)} for x in (0.0, 1.0))
+    assert abs(float(of(left) @ of(right))) < 0.1, "what has nothing in common stays so"
     assert not of({"a": torch.zeros(3)}).any()
 
 
