@@ -8,7 +8,7 @@ from itertools import islice
 import torch
 
 from fedfm.audit.case import Case
-from fedfm.audit.watch import Exposed
+from fedfm.audit.watch import Exposed, Watched
 from fedfm.core import seeds
 from fedfm.core.client import View
 from fedfm.core.jobs import Fit
@@ -72,10 +72,17 @@ class Leak:
         return found
 
 
-def leaks(case: Case, most: int) -> list[Leak]:
-    """The changes that the server reads in the audited round, at most so many; those without a row behind them not."""
-    run, found = case.watched.federation, []
-    for exposed in case.watched.exposed():
+def leaks(case: Case, most: int, watched: Watched | None = None) -> list[Leak]:
+    """The changes that the server reads, at most so many; those without a row behind them not.
+
+    Args:
+        case: the run.
+        most: how many.
+        watched: what was seen of the audited round; as it is unless given.
+    """
+    seen, found = watched or case.watched, []
+    run = seen.federation
+    for exposed in seen.exposed():
         rows: list[Example] = []
         places: list[tuple[str, int]] = []
         works = []
