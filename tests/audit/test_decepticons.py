@@ -86,7 +86,10 @@ def test_between_thresholds_stands_what_entered_there() -> None:
     shares = torch.tensor([0.2, -0.4, 0.3], dtype=torch.float64)
     # The first token passes one threshold, the second two, the third all four; between the last two lies nothing.
     passed = torch.tensor([[1, 1, 1], [0, 1, 1], [0, 0, 1], [0, 0, 1]], dtype=torch.float64)
-    assert torch.allclose(between((passed * shares) @ tokens), tokens / 4)
+    found = between((passed * shares) @ tokens, 9)
+    assert torch.allclose(found, (tokens / 4)[[1, 2, 0]])  # the largest share first
+    assert between((passed * shares) @ tokens, 2).equal(found[:2])
+    assert len(between(torch.zeros(4, 3, dtype=torch.float64), 9)) == 0
 
 
 @pytest.mark.parametrize("kind", ["bert", "llama"])

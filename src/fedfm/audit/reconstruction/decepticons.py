@@ -44,6 +44,8 @@ CLOSE = 0.9
 """Correlation above which an embedding is taken for that of a token."""
 EMPTY = 1e-5
 """Share of the largest difference between neighbouring thresholds below which nothing lies between them."""
+SPREAD = 4
+"""Pairs of thresholds at which one token may be seen, at most; all are full where a client added noise."""
 CODED = 0.5
 """Length of the measured direction over the code; over what a token is known by it is 1."""
 SAMPLE = (1000, 16)
@@ -170,7 +172,8 @@ class Decepticons(Reconstruction):
         left = (1 - leak.rate * case.reader.training.weight_decay) ** leak.steps - 1
         gradient = left * weight - leak.exposed.change[family.measured].double()
         signs = self.measured(case, family, case.watched.before).signs.double()
-        return between(gradient[: len(signs)] * signs[:, None])
+        most = SPREAD * len(leak.rows) * max(map(len, leak.rows))
+        return between(gradient[: len(signs)] * signs[:, None], most)
 
     def items(self, case: Case, leak: Leak) -> list[Item]:
         """The tokens that are found in a change, each with its place where places have embeddings."""
@@ -193,12 +196,18 @@ class Decepticons(Reconstruction):
         return [Item(token, place, code, alone, score) for token, place, code, alone, score in known]
 
 
-def between(rows: torch.Tensor) -> torch.Tensor:
-    """What entered between neighbouring thresholds, ``[N, D]``, with entry 0 as 1, from the gradients of the units,
-    ``[bins, D]``; thresholds between which nothing did are left out."""
+def between(rows: torch.Tensor, most: int) -> torch.Tensor:
+    """What entered between neighbouring thresholds, ``[N, D]``, with entry 0 as 1.
+
+    Args:
+        rows: the gradients of the units, ``[bins, D]``.
+        most: pairs of thresholds that are looked at, at most, those with the largest gradients between them; where
+            there was none, nothing is.
+    """
     apart = rows - torch.cat([rows[1:], torch.zeros_like(rows[:1])])
     size = apart[:, 0].abs()
-    full = size > EMPTY * size.max().clamp_min(1e-30)
+    full = size.argsort(descending=True)[:most]
+    full = full[size[full] > EMPTY * size.max().clamp_min(1e-30)]
     return apart[full] / apart[full, :1]
 
 
