@@ -272,6 +272,15 @@ def test_a_site_that_is_away_takes_no_part_where_fewer_are_enough(trial: Callabl
     assert "has no keys for the comparison of rows: it was not asked for any, or was restarted" in log
 
 
+def test_nobody_is_too_slow_to_be_compared(trial: Callable[..., Trial]) -> None:
+    there = trial(**SHORT)
+    there.delivery = {"enough": 1}
+    there.run()
+    assert set(left_out(there)) == set(there.names)
+    assert json.loads((there.folder / "coordinator" / "run" / "data.json").read_text())["summary"]["left_out"] == []
+    assert len(there.records[1]["participants"]) == 1, "of a round the first answer is enough"
+
+
 def test_a_site_trains_on_nothing_before_its_rows_were_compared(
     trial: Callable[..., Trial], monkeypatch: pytest.MonkeyPatch
 ) -> None:

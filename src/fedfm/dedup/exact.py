@@ -7,7 +7,8 @@ it. The protocol is in :mod:`fedfm.dedup.protocol`.
 Differences from the paper:
 - The paper has clients intersect their sets group by group, with a trusted third party in either of its two protocols.
   Here two servers that must not work together take its place: one holds a key and sees blinded points, the other sees
-  tags that it cannot compute.
+  tags that it cannot compute. Deployed sites have one coordinator, and share a key that it has not
+  (:mod:`fedfm.dedup.party`).
 - The server that matches learns how often each unknown row occurs and at whom; in the paper clients learn what they
   have in common with each other.
 - Who keeps a row is drawn row by row, where in the paper the order of the clients decides.
