@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 from fedfm.evaluate import Evaluation
 from fedfm.federation import Federation
@@ -24,10 +25,10 @@ from fedfm.wire import Clip, DistributedGaussian, Gaussian, LocalGaussian
 Make = Callable[..., Federation]
 
 
-def box(run: Federation) -> dict[str, tuple[str, str, str]]:
+def box(run: Federation, **recipe: Any) -> dict[str, tuple[str, str, str]]:
     """What they see, protected by, not protected; by who."""
     records = Rounds(run, None, ()).run(False).records
-    found = Run("run", "completed", "", records, {}, {}, "", {}, {})
+    found = Run("run", "completed", "", records, {}, recipe, "", {}, {})
     return {row[0].text: (row[1].text, row[2].text, row[3].text) for row in protection(found).rows}
 
 
@@ -69,7 +70,7 @@ def test_of_encrypted_uploads_it_is_said_who_has_the_key_and_what_is_left_open(f
 
 def test_of_shares_it_is_said_who_has_the_others(federation: Make) -> None:
     run = federation(FedAvg(), secure=SMPCAdditive(), evaluation=Evaluation(every=0))
-    sees, by, left = box(run, {"secure": "smpc-additive"})["server"]
+    sees, by, left = box(run)["server"]
     assert sees == "the sum of 3 uploads or more; of each of them one share"
     assert by == "smpc-additive: no upload is readable by itself"
     assert left == "the sum; and all, if the server works with all who hold the other shares"
@@ -109,6 +110,13 @@ def test_noise_in_training_protects_examples_from_all(federation: Make) -> None:
     assert "for each example" in found["server"][1]
     assert "what a client's rows have in common" in found["server"][2]
     assert found["clients and users"][1].endswith("for each example")
+
+
+def test_a_guarantee_does_not_count_who_leaves_duplicates_out(federation: Make) -> None:
+    private = {"privacy": DPSGD(noise_multiplier=1.0), "evaluation": Evaluation(every=0)}
+    assert "deduplicate" not in box(federation(FedAvg(), **private))["clients and users"][2]
+    found = box(federation(FedAvg(), **private), data={"deduplicate": "exact"})
+    assert "(data.deduplicate), which ε does not count" in found["clients and users"][2]
 
 
 def test_where_nothing_travels_nothing_is_seen(federation: Make) -> None:

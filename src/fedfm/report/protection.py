@@ -118,6 +118,8 @@ def _receivers(run: Run) -> tuple[str, str, str, str]:
     if not by and _parts(run, "noise"):
         by.append("the noise of all clients (no ε is accounted for it)")
     left = "what many have in common" if spent else OPEN
+    if spent and run.recipe.get("data", {}).get("deduplicate"):
+        left += "; that rows of one decide which rows others train on (data.deduplicate), which ε does not count"
     return who, "the global model: clients after every round, users after the last", _join(by) or NOTHING, left
 
 
