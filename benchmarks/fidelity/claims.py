@@ -677,10 +677,9 @@ CLAIMS: dict[str, Claim] = {
     "lfr": _bears("The mean without what harms most on public rows", screens=[{"kind": "lfr", "hostile": 2}]),
     "tdfl": _bears("Truth discovery", screens=["tdfl"]),
     "sageflow": replace(
-        # The paper's 2 nats for ten classes are 87 percent of not knowing anything; so are 1.2 for four.
-        _bears("Weights by the loss on public rows", screens=[{"kind": "sageflow", "entropy": 1.2}]),
-        note="With the default bound of 1 nat it is worse than the mean (0.26): models that were turned round are sure "
-        "of wrong answers before honest ones are sure of right ones, and the rest is left out.",
+        _bears("Weights by the loss on public rows", screens=["sageflow"]),
+        note="It supposes that a spoilt model is unsure of its answers. Here one that was turned round is as sure as "
+        "others, and sooner, of wrong ones; so honest uploads are left out first. A bound of 1.2 nats does as badly.",
     ),
     "outlier-update-detector": _bears("The mean without unusual lengths", screens=["outlier-update-detector"]),
     "fltrust": _bears("Trust by a server's own update, with half of the clients hostile,", 0.5, screens=["fltrust"]),
