@@ -113,6 +113,10 @@ def test_a_resumed_run_is_the_same(bert_folder: Path, tmp_path: Path) -> None:
     for change, what in (({"secret": 5}, "the key in .* is not the one"), ({"seed": 5}, "cannot resume")):
         with pytest.raises(RecipeError, match=what):
             federation(bert_folder, watermark=MARK, rounds=3, **change).run(tmp_path / "cut", resume=True)
+    (tmp_path / "cut" / FILE).unlink()  # Kept elsewhere; a new nonce would not open the commitment.
+    with pytest.raises(RecipeError, match=r"watermark.json commits to a key, but watermark.key is not beside it"):
+        federation(bert_folder, watermark=MARK, rounds=3).run(tmp_path / "cut", resume=True)
+    assert committed(tmp_path / "cut" / PUBLIC) == before
 
 
 def test_the_key_is_committed_to_before_training(bert_folder: Path, tmp_path: Path) -> None:

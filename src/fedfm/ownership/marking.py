@@ -21,7 +21,7 @@ from fedfm.core.jobs import Fit, Job, Loss, Term
 from fedfm.core.method import Client, State
 from fedfm.core.update import Member, Tensors
 from fedfm.errors import RecipeError
-from fedfm.ownership.key import FILE, Key
+from fedfm.ownership.key import FILE, PUBLIC, Key
 from fedfm.ownership.marks import examples
 from fedfm.ownership.suspect import GIVEN, KEY, Present
 from fedfm.ownership.watermark import About, Verdict, Watermark
@@ -106,10 +106,15 @@ class Marking:
             resume: whether the key of the run is there already.
 
         Raises:
-            RecipeError: the run in the folder has another key.
+            RecipeError: the run in the folder has another key, or its key was taken away.
         """
         if folder is None:
             return
+        if resume and (folder / PUBLIC).exists() and not (folder / FILE).exists():
+            raise RecipeError(
+                f"cannot resume: {folder / PUBLIC} commits to a key, but {FILE} is not beside it. Put it back: a new "
+                "one would not open what was published."
+            )
         if resume and (folder / FILE).exists():
             found = Key.read(folder / FILE)
             if not found.same(self.key):
