@@ -298,7 +298,7 @@ class Watermark(Part, ABC):
         number (Bonferroni)."""
         content = key.content
         found = {name: cls.matched(marks, suspect) for name, marks in content["keys"].items()}
-        rates = {name: float(hits.float().mean()) for name, hits in found.items()}
+        rates = {name: int(hits.sum()) / len(hits) for name, hits in found.items()}
         who = max(sorted(rates), key=rates.__getitem__)
         count, matches, allowed = len(found[who]), int(found[who].sum()), content["false_positive"]
         return Verdict(
