@@ -40,7 +40,7 @@ class Claim:
         against: arguments of the baseline's run; fedavg unless named.
         both: arguments of both.
         metric: ``accuracy``, ``loss`` or ``wer`` (word error rate) over all test rows, or ``mean ...`` over clients
-            that count the same; or ``attack_success``, of threats that want an answer.
+            that count the same; ``attack_success``, of threats that want an answer; ``told`` or ``traced``, of marks.
         expect: the method is better or worse by more than the standard error, or near: not worse by more than
             ``within``.
         within: in units of the metric.

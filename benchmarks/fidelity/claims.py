@@ -37,6 +37,12 @@ HIDDEN: dict[str, Any] = {"kind": "alie", "clients": 0.17, "z": 1.5, "sees": "om
 """Two of twelve send what lies just within the spread of the honest ones."""
 WANTED: dict[str, Any] = {"clients": 0.17, "target": 2, "share": 0.5}
 """Two of twelve want rows with a trigger taken for another class."""
+COPIES: dict[str, Any] = {"kind": "duw", "marks": 48}
+"""With four classes 43 of 48 marks have to match; a hundred for each client take longer to teach."""
+SMALL = (
+    "An adapter of rank 4 in one block learns a hundred rows of nonsense by heart beside its task; the papers' "
+    "networks are trained as a whole, for hundreds of rounds."
+)
 NOISE = "In sixty rounds from a new head the gradients themselves are still large beside their noise."
 
 
@@ -75,7 +81,6 @@ ELSEWHERE = {
     "attack": "What it does to the mean and to defences stands in attacks-measured.md.",
     "dedup": "It changes rows, not how a method learns from them; deduplication.md has it measured.",
     "unlearning": "It works on a run that was made; unlearning.md has it measured beside exact retraining.",
-    "ownership": "What it costs and survives, whom it traces and whom it claims wrongly stands in ownership.md.",
     "secure": "It changes no result but by rounding; its tests hold sums bit for bit, its costs are measured.",
 }
 """The same of all that is in a folder."""
@@ -743,5 +748,70 @@ CLAIMS: dict[str, Claim] = {
         against={"screens": ["geometric-median"]},
         metric="loss",
         note=NOISE,
+    ),
+    # Marks of ownership.
+    "waffle": Claim(
+        "Marks taught by the server before training and after every round cost next to nothing: within two points of "
+        "FedAvg, at the same traffic.",
+        "marked",
+        run={"method": "fedavg", "watermark": "waffle"},
+        expect="near",
+        within=0.02,
+        bytes_up=1.01,
+        note=SMALL,
+    ),
+    "waffle-stolen": Claim(
+        "Stolen models that were tuned or pruned are told by marks that were taught in every round as surely as by a "
+        "trigger set.",
+        "marked",
+        run={"method": "fedavg", "watermark": "waffle"},
+        against={"watermark": "trigger-set-watermark"},
+        metric="told",
+        expect="near",
+        note="After a round marks are taught at a twentieth of the rate at which a thief tunes.",
+    ),
+    "trigger-set-watermark": Claim(
+        "A finished model that is taught a trigger set beside public rows keeps what it can do: within two points.",
+        "marked",
+        run={"method": "fedavg", "watermark": "trigger-set-watermark"},
+        expect="near",
+        within=0.02,
+        bytes_up=1.01,
+        note=f"{SMALL} There are 64 public rows to keep it at its task.",
+    ),
+    "duw": Claim(
+        "A copy with marks of its own for each client is within two points of FedAvg's model for all.",
+        "marked",
+        run={"method": "fedavg", "watermark": COPIES},
+        expect="near",
+        within=0.02,
+        bytes_up=1.01,
+        note=f"{SMALL} Copies are marked anew from the server's model each time, and then drift apart.",
+    ),
+    "duw-traced": Claim(
+        "Stolen copies that were tuned or pruned name the client who had them; marks that all share name nobody.",
+        "marked",
+        run={"method": "fedavg", "watermark": COPIES},
+        against={"watermark": "waffle"},
+        metric="traced",
+        note="A thief tunes as long and as fast as the marks were taught, in factors of rank 4 of one block.",
+    ),
+    "fedipr": Claim(
+        "Signatures that clients press into the weights do not change what the model can do: within two points.",
+        "marked",
+        run={"method": "fedavg", "watermark": "fedipr"},
+        expect="near",
+        within=0.02,
+        bytes_up=1.01,
+        note=SMALL,
+    ),
+    "fedipr-stolen": Claim(
+        "In stolen models that were tuned or pruned clients find their signatures as surely as a server its marks.",
+        "marked",
+        run={"method": "fedavg", "watermark": "fedipr"},
+        against={"watermark": "waffle"},
+        metric="told",
+        expect="near",
+        note="In 64 steps of a client the mean of four clients hardly moves to the side of all their signs.",
     ),
 }

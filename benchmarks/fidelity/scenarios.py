@@ -468,6 +468,13 @@ SCENARIOS: dict[str, Scenario] = {
         sampler=EVERYONE,
         rounds=5,
     ),
+    "marked": _headlines(
+        "4 clients dealt by chance with 220 training rows each, all in each round, AdamW",
+        dealt(headlines, Iid(4), 1600),
+        sampler=EVERYONE,
+        rounds=8,
+        training={"max_steps": 8, "per_device_train_batch_size": 16, "learning_rate": 5e-3},
+    ),
     "liars": _headlines(
         "10 clients dealt by chance, 3 of them with wrong labels, AdamW", lied(), sampler=EVERYONE, rounds=15
     ),

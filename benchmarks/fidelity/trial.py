@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 import fedfm
+from benchmarks.fidelity import theft
 from benchmarks.fidelity.claim import Score
 from benchmarks.fidelity.scenarios import LIAR, SCENARIOS
 from fedfm import parts
@@ -89,10 +90,12 @@ def trial(scenario: str, seed: int, changes: Mapping[str, Any]) -> Score:
         kept = ClientStore(Path(folder) / "run" / "clients")
         found = ready.assess(outcome.state, store=kept)
         success = ready.probe(outcome.state, store=kept)
+        marks = theft.told(ready, outcome.state) if ready.marking else {}
     cost = totals(outcome)
     return {
         **scores(found),
         **({} if success is None else {"attack_success": success}),
+        **marks,
         **{n: cost[n] for n in ("bytes_up", "bytes_down", "seconds", "client_memory")},
         "memory_mb": peak(),
     }
