@@ -1,6 +1,6 @@
 """Attacks on membership and memory, with and without protection: what finished runs tell of their clients' rows.
 
-    PYTHONPATH=src:. python -m benchmarks.fidelity.membership_audits [--page]
+    PYTHONPATH=src:. python -m benchmarks.fidelity.membership_audits [--only SCENE] [--page]
 
 writes ``membership_audits.json`` beside this file, run by run, and a section of ``docs/audits-measured.md``. A script
 that was ended goes on with what is missing; ``--page`` writes the section of what is there.
@@ -162,7 +162,7 @@ SCENES: dict[str, tuple[Callable[..., Federation], Sequence[str], Sequence[str]]
     "dialogues": (
         little_talkers,
         (*MODEL, "min-k", "extraction", *SERVER, "canaries", "spv"),
-        ("nothing", "clip, noise on the mean", "dp-sgd"),
+        ("nothing", "clip, noise on the mean", "clip, noise on each upload"),
     ),
 }
 """By name: the run, the attacks, and the protections with which it is tried."""
@@ -179,11 +179,15 @@ def attack(name: str) -> Inference:
     return found
 
 
-def measure() -> None:
-    """Do what is not there yet; each attack is written down when it is done."""
+def measure(only: Sequence[str]) -> None:
+    """Do what is not there yet; each attack is written down when it is done.
+
+    Args:
+        only: scenes; all unless given.
+    """
     found: dict[str, Any] = {"scenes": {}, "quality": {}, "seconds": 0.0}
     found |= json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
-    tries = [(scene, protection) for scene, (_, _, some) in SCENES.items() for protection in some]
+    tries = [(scene, protection) for scene in only or SCENES for protection in SCENES[scene][2]]
     # What is without protection comes first.
     for scene, protection in sorted(tries, key=lambda pair: pair[1] != "nothing"):
         make, names, _ = SCENES[scene]
@@ -271,8 +275,10 @@ def main() -> None:
     """Measure what is missing and write the page."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--page", action="store_true", help="only write the section of what is there")
-    if not parser.parse_args().page:
-        measure()
+    parser.add_argument("--only", action="append", default=[], choices=SCENES)
+    given = parser.parse_args()
+    if not given.page:
+        measure(given.only)
     write(json.loads(RESULTS.read_text()))
 
 

@@ -1,10 +1,11 @@
 """Rows rebuilt from what a server reads, measured: texts and images, by what is tuned, by the batch, by what protects.
 
-    PYTHONPATH=src:. python -m benchmarks.fidelity.reconstruction [texts] [searches] [images]
+    PYTHONPATH=src:. python -m benchmarks.fidelity.reconstruction [KIND ...]
 
-writes ``reconstruction.json`` beside this file, the section "Rebuilding rows" of ``docs/audits-measured.md`` and the
-picture ``docs/reconstruction.png``; ``--page`` only these two, from the numbers that are there, and ``--only`` measures
-one setting.
+with the kinds ``texts``, ``writers``, ``labels``, ``sentences``, ``searches`` and ``images`` (all unless given) writes
+``reconstruction.json`` beside this file, the section "Rebuilding rows" of ``docs/audits-measured.md`` and the picture
+``docs/reconstruction.png``. Each attack is written down when it is done, and one that is there is not done again;
+``--page`` writes the section of what is there, ``--only`` measures one setting.
 """
 
 from __future__ import annotations
@@ -13,36 +14,40 @@ import argparse
 import json
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image, ImageDraw
 from transformers import ViTConfig, ViTForImageClassification, ViTImageProcessor
 
-from benchmarks.fidelity.scenarios import headlines, minilm
-from fedfm.audit import Case
+from benchmarks.fidelity.scenarios import SMOLLM, headlines, minilm
+from fedfm.audit import Case, Finding, Inference
 from fedfm.audit.reconstruction.attribute import Attribute
+from fedfm.audit.reconstruction.decepticons import Decepticons
 from fedfm.audit.reconstruction.dlg import DLG
 from fedfm.audit.reconstruction.film import FILM
 from fedfm.audit.reconstruction.inverting_gradients import InvertingGradients
+from fedfm.audit.reconstruction.lamp import LAMP
 from fedfm.audit.reconstruction.leak import Leak
 from fedfm.audit.reconstruction.reconstruction import Views
 from fedfm.core.plan import Training
 from fedfm.core.update import Member
 from fedfm.data import Digits
+from fedfm.errors import RecipeError
 from fedfm.evaluate import Evaluation
 from fedfm.federation import Federation
 from fedfm.methods.fedavg import FedAvg
+from fedfm.models import load
 from fedfm.privacy.dp_sgd import DPSGD
 from fedfm.results import machine
 from fedfm.secure.secagg import SecAgg
 from fedfm.spaces import Full, LoRA
-from fedfm.tasks import Classify, ImageClassify
+from fedfm.tasks import CausalLM, Classify, ImageClassify
 from fedfm.wire import Clip, LocalGaussian, TopK
 
 HERE = Path(__file__).parent
@@ -51,7 +56,7 @@ PAGE = HERE.parents[1] / "docs" / "audits-measured.md"
 PICTURE = PAGE.with_name("reconstruction.png")
 TITLE = "## Rebuilding rows"
 
-STEP = {"max_steps": 1, "learning_rate": 0.1, "optim": "sgd", "max_grad_norm": 0.0}
+STEP = {"max_steps": 1, "learning_rate": 0.1, "optim": "sgd", "max_grad_norm": 0.0, "bf16": False}
 TOKENS, BLOCKS, SEED = 10, 2, 1
 ATTACKED = 3
 MOST = 4
@@ -81,9 +86,10 @@ class Clients:
 
 SETTINGS: dict[str, dict[str, Any]] = {
     "1 row": {},
-    "2 rows": {"rows": 2},
     "4 rows": {"rows": 4},
+    "8 rows": {"rows": 8},
     "16 rows": {"rows": 16},
+    "8 rows, bfloat16": {"rows": 8, "training": {"bf16": True}},
     "4 rows, 4 steps of 1": {"rows": 4, "training": {"max_steps": 4, "per_device_train_batch_size": 1}},
     "1 row, AdamW": {"training": {"optim": "adamw_torch", "learning_rate": 1e-3}},
     "1 row, gradient clipped": {"training": {"max_grad_norm": 0.1}},
@@ -91,13 +97,23 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "1 row, the largest 1 %": {"stages": (TopK(0.01),)},
     "1 row, noise of 0.001 S": {"stages": (Clip(0.1), LocalGaussian(0.001))},
     "1 row, noise of 0.1 S": {"stages": (Clip(0.1), LocalGaussian(0.1))},
+    "8 rows, noise of 0.001 S": {"rows": 8, "stages": (Clip(0.1), LocalGaussian(0.001))},
+    "8 rows, noise of 0.1 S": {"rows": 8, "stages": (Clip(0.1), LocalGaussian(0.1))},
     "1 row, DP-SGD with noise 1": {"privacy": DPSGD(noise_multiplier=1.0)},
+    "8 rows, DP-SGD with noise 1": {"rows": 8, "privacy": DPSGD(noise_multiplier=1.0)},
     "3 clients of 1 row, summed unseen": {"secure": SecAgg()},
+    "3 clients of 8 rows, summed unseen": {"rows": 8, "secure": SecAgg(max_value=64.0, bits=32)},
     "1 row, LoRA": {"space": LoRA(r=8)},
     "1 row, LoRA on all layers": {"space": "all"},
 }
 """What a client does; unless said, one step of SGD on all weights."""
-SEARCHED = ("1 row", "1 row, LoRA on all layers")
+PROTECTED = ("1 row", "4 rows", "8 rows", "8 rows, noise of 0.1 S", "3 clients of 8 rows, summed unseen")
+"""What is measured on a model that writes text."""
+LABELLED = ("1 row", "4 rows", "1 row, noise of 0.1 S", "1 row, LoRA")
+"""Where a field of the rows is looked for."""
+WRITTEN = ("1 row", "4 rows", "1 row, noise of 0.1 S", "3 clients of 1 row, summed unseen")
+"""Where sentences are made of the words that are known."""
+SEARCHED = ("1 row", "1 row, noise of 0.1 S", "1 row, LoRA on all layers")
 """Where texts are also looked for by gradients."""
 DRAWN = (
     "1 row",
@@ -122,6 +138,17 @@ def small_minilm() -> str:
     config = json.loads((found / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | {"num_hidden_layers": BLOCKS}))
     return str(folder)
+
+
+@cache
+def small_smollm() -> str:
+    """SmolLM2's first blocks."""
+    whole, folder = load(SMOLLM, head="causal_lm"), tempfile.mkdtemp(prefix="fedfm-writer-")
+    whole.model.model.layers = whole.model.model.layers[:BLOCKS]
+    whole.model.config.num_hidden_layers = BLOCKS
+    whole.model.save_pretrained(folder)
+    whole.tokenizer.save_pretrained(folder)
+    return folder
 
 
 @cache
@@ -159,16 +186,15 @@ def case(kind: str, setting: Mapping[str, Any]) -> Case:
     """A run of one round.
 
     Args:
-        kind: ``texts`` or ``images``.
+        kind: of :data:`ATTACKS`.
         setting: one of :data:`SETTINGS`.
     """
     given, count = dict(setting), setting.get("rows", 1)
     given.pop("rows", None)
-    found, model, task = (
-        (texts(), small_minilm(), Classify(max_length=TOKENS))
-        if kind != "images"
-        else (images(), fresh_vit(), ImageClassify())
-    )
+    found, model, task = {
+        "images": lambda: (images(), fresh_vit(), ImageClassify()),
+        "writers": lambda: (texts(), small_smollm(), CausalLM(max_length=TOKENS)),
+    }.get(kind, lambda: (texts(), small_minilm(), Classify(max_length=TOKENS)))()
     dealt = [found[at * count : (at + 1) * count] for at in range(ATTACKED)]
     if given.get("space") == "all":
         linear = ["query", "key", "value", "dense"] if kind != "images" else ["q_proj", "k_proj", "v_proj", "o_proj",
@@ -184,16 +210,17 @@ def case(kind: str, setting: Mapping[str, Any]) -> Case:
         rounds=1,
         evaluation=Evaluation(every=0),
         seed=SEED,
-        load={"num_labels": 4} if kind != "images" else None,
+        load={"num_labels": 4} if isinstance(task, Classify) else None,
         **{"space": Full(), **given},
     )
     return Case(run, {"of": torch.zeros(1)})
 
 
+@dataclass(frozen=True)
 class Kept(InvertingGradients):
     """Keeps what it rebuilt, to look at."""
 
-    found: ClassVar[list[tuple[Leak, list[torch.Tensor]]]] = []
+    found: list[tuple[Leak, list[torch.Tensor]]] = field(default_factory=list)
 
     def recover(self, case: Case, leak: Leak) -> tuple[list[torch.Tensor], str]:
         rows, note = super().recover(case, leak)
@@ -201,52 +228,80 @@ class Kept(InvertingGradients):
         return rows, note
 
 
+class Words(FILM):
+    """The words alone, whose sentences nobody makes."""
+
+    def look(self, case: Case) -> tuple[Finding, ...]:
+        return (self.known(case),)
+
+
+ATTACKS: dict[str, tuple[Sequence[str], dict[str, Callable[[], Inference]]]] = {
+    "texts": (tuple(SETTINGS), {"decepticons": Decepticons, "film": Words}),
+    "writers": (PROTECTED, {"decepticons": Decepticons, "film": Words}),
+    "labels": (LABELLED, {"attribute": Attribute}),
+    "sentences": (WRITTEN, {"film": lambda: FILM(clients=1, beams=4, orders=20)}),
+    "searches": (
+        SEARCHED,
+        {
+            "inverting-gradients": lambda: InvertingGradients(iterations=200, clients=2),
+            "dlg": lambda: DLG(iterations=10, restarts=1, clients=2),
+            "lamp": lambda: LAMP(iterations=200, beginnings=20, orders=20, clients=1),
+        },
+    ),
+    "images": (
+        DRAWN,
+        {
+            "inverting-gradients": lambda: Kept(iterations=400, clients=ATTACKED),
+            "dlg": lambda: DLG(iterations=10, restarts=1, clients=ATTACKED),
+        },
+    ),
+}
+"""By kind: the settings, and the attacks."""
+
+
 def measure(kinds: Sequence[str], only: Sequence[str]) -> None:
-    """Attack each setting; numbers are written down as they come.
+    """Attack each setting; numbers are written down as they come, and what is there is not done again.
 
     Args:
         kinds: what is measured.
         only: settings; all unless given.
     """
-    chosen = {"texts": tuple(SETTINGS), "searches": SEARCHED, "images": DRAWN}
-    for kind in kinds:
-        for name in chosen[kind]:
-            if only and name not in only:
-                continue
-            began, attacked = time.process_time(), case(kind, SETTINGS[name])
-            pairs: list[Any] = []
-            if kind == "images":
-                Kept.found.clear()
-                attack = Kept(iterations=400, restarts=2, clients=2)
-                if why := attack.refusal(attacked):
-                    print(f"{kind} {name}: {why}", flush=True)
-                    continue
-                findings = [*attack.look(attacked)]
-                views = Views(attacked, [leak for leak, _ in Kept.found])
-                for leak, rows in Kept.found:
-                    true = [views.row(row) for row in leak.rows]
-                    pairs += zip(views.matched([views.shown(row) for row in rows], true), true, strict=True)
-            elif kind == "searches":
-                findings = [*InvertingGradients(iterations=200, clients=2).look(attacked)]
-                findings += DLG(iterations=10, restarts=1, clients=2).look(attacked)
-            else:
-                findings = [FILM().known(attacked), *Attribute().look(attacked)]
-            spent = time.process_time() - began
-            write(kind, name, [finding.to_json() for finding in findings], spent, pairs)
-            told = ", ".join(f"{f.attack} {f.measure} {f.value:.2f} ({f.chance:.2f})" for f in findings)
-            print(f"{kind} {name:<36} {spent:4.0f} s {told}", flush=True)
-
-
-def write(kind: str, name: str, findings: Sequence[Mapping[str, Any]], seconds: float, pairs: Sequence[Any]) -> None:
-    """Put a setting's numbers into the file, and images as they are shown, each (rebuilt, true), ``[H, W, C]``."""
     found = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
-    cells = found.setdefault(kind, {})
-    cells[name] = {"findings": list(findings), "processor_seconds": round(seconds, 1)}
-    if pairs:
-        shown = [[(image.permute(1, 2, 0) * 255).round().int().tolist() for image in pair] for pair in pairs[:MOST]]
-        cells[name]["images"] = shown
-    found |= {"machine": machine(), "torch": torch.__version__, "seed": SEED}
-    RESULTS.write_text(json.dumps(found) + "\n")
+    for kind in kinds:
+        settings, attacks = ATTACKS[kind]
+        for id, make in attacks.items():
+            for name in only or settings:
+                empty: dict[str, Any] = {"attacks": {}, "refused": {}, "processor_seconds": 0.0}
+                cell = found.setdefault(kind, {}).setdefault(name, empty)
+                if id in cell["attacks"] or id in cell["refused"]:
+                    continue
+                began, attacked, attack = time.process_time(), case(kind, SETTINGS[name]), make()
+                if why := attack.refusal(attacked):
+                    cell["refused"][id] = why
+                else:
+                    try:
+                        findings = attack.look(attacked)
+                        cell["attacks"][id] = [finding.to_json() for finding in findings]
+                    except RecipeError as error:  # Clients sent nothing that could be attacked.
+                        cell["refused"][id] = str(error)
+                if isinstance(attack, Kept) and attack.found:
+                    cell["images"] = shown(attacked, attack)
+                cell["processor_seconds"] = round(cell["processor_seconds"] + time.process_time() - began, 1)
+                found |= {"machine": machine(), "torch": torch.__version__, "seed": SEED}
+                RESULTS.write_text(json.dumps(found) + "\n")
+                told = ", ".join(
+                    f"{f['measure']} {f['value']:.2f} ({f['chance']:.2f})" for f in cell["attacks"].get(id, ())
+                )
+                print(f"{kind} {name:<36} {id}: {told or cell['refused'][id]}", flush=True)
+
+
+def shown(case: Case, attack: Kept) -> list[Any]:
+    """Images as they are shown, each (rebuilt, true), ``[H, W, C]``."""
+    views, pairs = Views(case, [leak for leak, _ in attack.found]), []
+    for leak, rows in attack.found:
+        true = [views.row(row) for row in leak.rows]
+        pairs += list(zip(views.matched([views.shown(row) for row in rows], true), true, strict=True))
+    return [[(image.permute(1, 2, 0) * 255).round().int().tolist() for image in pair] for pair in pairs[:MOST]]
 
 
 def picture(shown: Mapping[str, Sequence[Any]], scale: int = 6) -> Image.Image:
@@ -271,94 +326,135 @@ def picture(shown: Mapping[str, Sequence[Any]], scale: int = 6) -> Image.Image:
     return out
 
 
+ABOUT: dict[str, tuple[str, str, dict[str, tuple[str, str]]]] = {
+    "texts": (
+        "Headlines of a classifier",
+        f"AG News headlines of at most {TOKENS} tokens, 4 classes; the first {BLOCKS} blocks of all-minilm-l6-v2 and a "
+        "new head. FILM: the words that it knows before it writes any sentence.",
+        {
+            "Decepticons: tokens, F1": ("decepticons", "tokens recovered (F1)"),
+            "Decepticons: rows found exactly": ("decepticons", "rows recovered exactly"),
+            "FILM: words known, F1": ("film", "words known (F1)"),
+        },
+    ),
+    "writers": (
+        "Headlines of a model that writes",
+        f"The same headlines; the first {BLOCKS} blocks of SmolLM2-135M, whose table of token embeddings is its output "
+        "layer, too.",
+        {
+            "Decepticons: tokens, F1": ("decepticons", "tokens recovered (F1)"),
+            "Decepticons: rows found exactly": ("decepticons", "rows recovered exactly"),
+            "FILM: words known, F1": ("film", "words known (F1)"),
+        },
+    ),
+    "labels": (
+        "Labels of known headlines",
+        "Of the classifier's rows all is known but the label.",
+        {"label found": ("attribute", "label found")},
+    ),
+    "sentences": (
+        "Sentences of known words",
+        "FILM on the headlines of one client of the classifier, with 4 beams and 20 orders.",
+        {
+            "tokens, F1": ("film", "tokens recovered (F1)"),
+            "ROUGE-2": ("film", "ROUGE-2"),
+            "ROUGE-L": ("film", "ROUGE-L"),
+        },
+    ),
+    "searches": (
+        "Headlines looked for by their gradient",
+        "On the classifier. Inverting Gradients with 200 iterations and DLG with 10 of 20 steps, at two clients; LAMP "
+        "with 200 iterations at one.",
+        {
+            f"{title}: {short}": (id, name)
+            for id, title in (("inverting-gradients", "Inverting Gradients"), ("dlg", "DLG"), ("lamp", "LAMP"))
+            for short, name in (("tokens, F1", "tokens recovered (F1)"), ("ROUGE-L", "ROUGE-L"))
+        },
+    ),
+    "images": (
+        "Images",
+        "Digits of scikit-learn, 8 x 8 pixels; a ViT of one block and width 96 with random weights; Inverting "
+        "Gradients with 400 iterations, DLG with 10 of 20 steps. PSNR in dB, SSIM at most 1.",
+        {
+            "Inverting Gradients: PSNR": ("inverting-gradients", "PSNR in dB"),
+            "Inverting Gradients: SSIM": ("inverting-gradients", "SSIM"),
+            "DLG: PSNR": ("dlg", "PSNR in dB"),
+        },
+    ),
+}
+"""By kind: its title, what was done, and what its table shows of which attack."""
+
+
+def table(cells: Mapping[str, Any], columns: Mapping[str, tuple[str, str]]) -> list[str]:
+    """The lines of a table, a setting a line; intervals in square brackets, guessing in round ones."""
+
+    def text(cell: Mapping[str, Any], id: str, measure: str) -> str:
+        one = next((f for f in cell["attacks"].get(id, ()) if f["measure"] == measure), None)
+        if one is None:
+            return "refused" if id in cell["refused"] else "–"
+        value = f"{one['value']:.2f} [{one['low']:.2f}, {one['high']:.2f}] ({one['chance']:.2f})"
+        return f"**{value}**" if one["leaks"] else value
+
+    lines = [f"| the client's round | {' | '.join(columns)} |", "|---|" + "---:|" * len(columns)]
+    for name, cell in cells.items():
+        lines.append(f"| {name} | {' | '.join(text(cell, *which) for which in columns.values())} |")
+    return lines
+
+
 def section(found: Mapping[str, Any]) -> str:
     """The section of the page."""
-
-    def cell(findings: Sequence[Mapping[str, Any]], attack: str, name: str) -> str:
-        one = next((f for f in findings if (f["attack"], f["measure"]) == (attack, name)), None)
-        return "" if one is None else f"{one['value']:.2f} ({one['chance']:.2f})"
-
-    def table(kind: str, columns: Mapping[str, tuple[str, str]]) -> list[str]:
-        lines = [f"| the client's round | {' | '.join(columns)} |", "|---|" + "---:|" * len(columns)]
-        for name, cells in found.get(kind, {}).items():
-            values = [cell(cells["findings"], *which) for which in columns.values()]
-            lines.append(f"| {name} | {' | '.join(values)} |")
-        return [*lines, ""]
-
-    kinds = ("texts", "searches", "images")
-    seconds = {k: sum(c["processor_seconds"] for c in found.get(k, {}).values()) for k in kinds}
-    examples = [
-        (f["attack"], name, mine, true)
-        for name, cells in found.get("searches", {}).items()
-        for f in cells["findings"]
-        for mine, true in f["examples"][:1]
+    cells = {kind: found[kind] for kind in ABOUT if found.get(kind)}
+    seconds = sum(cell["processor_seconds"] for kind in cells.values() for cell in kind.values())
+    lines = [
+        TITLE,
+        "",
+        "Made by `python -m benchmarks.fidelity.reconstruction`; the numbers are in",
+        "[reconstruction.json](../benchmarks/fidelity/reconstruction.json). Unless said, each of "
+        f"{ATTACKED} clients takes one step of SGD on all weights in 32 bits, and the server reads its upload. "
+        "In square brackets: intervals of 95 percent; in round ones: guessing. **Bold**: better than guessing. "
+        f"{seconds / 60:.0f} minutes of processor time.",
+        "",
     ]
-    searched = [("inverting-gradients", "Inverting Gradients"), ("dlg", "DLG")]
-    return "\n".join(
-        [
-            TITLE,
-            "",
-            "Made by `python -m benchmarks.fidelity.reconstruction`; the numbers are in",
-            "[reconstruction.json](../benchmarks/fidelity/reconstruction.json), with intervals. In brackets: guessing.",
-            "Unless said, a client takes one step of SGD on all weights, and the server reads its upload.",
-            "",
-            "### Headlines",
-            "",
-            f"AG News headlines of at most {TOKENS} tokens, 4 classes; the first {BLOCKS} blocks of all-minilm-l6-v2 "
-            f"and a new head; {ATTACKED} clients. {seconds['texts'] + seconds['searches']:.0f} seconds of processor "
-            "time.",
-            "",
-            *table("texts", {"words known (FILM), F1": ("film", WORDS), "label found": ("attribute", "label found")}),
-            *(
-                []
-                if not found.get("searches")
-                else [
-                    "Rows looked for by their gradient, 200 evaluations at each of two clients; tokens as F1:",
-                    "",
-                    *table(
-                        "searches",
-                        {
-                            f"{title}: {short}": (id, name)
-                            for id, title in searched
-                            for short, name in (("tokens", "tokens recovered (F1)"), ("ROUGE-L", "ROUGE-L"))
-                        },
-                    ),
-                ]
-            ),
-            *(f"- {name}: `{id}` wrote “{mine}” for “{true}”." for id, name, mine, true in examples),
-            "",
-            "### Images",
-            "",
-            "Digits of scikit-learn, 8 x 8 pixels; a ViT of one block and width 96 with random weights; Inverting "
-            "Gradients with 400 iterations, begun twice; two clients. PSNR in dB, SSIM at most 1. "
-            f"{seconds['images']:.0f} seconds of processor time.",
-            "",
-            *table(
-                "images",
-                {"PSNR": ("inverting-gradients", "PSNR in dB"), "SSIM": ("inverting-gradients", "SSIM")},
-            ),
-            "![True and rebuilt digits](reconstruction.png)",
-            "",
-            *READING,
-            "",
-        ]
-    )
+    for kind, measured in cells.items():
+        title, about, columns = ABOUT[kind]
+        lines += [f"### {title}", "", about, "", *table(measured, columns), ""]
+        refused = {(id, why): None for cell in measured.values() for id, why in cell["refused"].items()}
+        lines += [f"- `{id}` refused: {why}." for id, why in refused] + ([""] if refused else [])
+        if kind in ("sentences", "searches"):
+            examples = [
+                f"- {name}: `{id}` wrote “{f['examples'][0][0]}” for “{f['examples'][0][1]}”."
+                for name, cell in measured.items()
+                for id, findings in cell["attacks"].items()
+                for f in findings
+                if f["examples"]
+            ]
+            lines += [*examples, ""]
+    if "images" in cells:
+        lines += ["![True and rebuilt digits](reconstruction.png)", ""]
+    return "\n".join([*lines, *READING, ""])
 
 
-WORDS = "words known (F1)"
 READING: tuple[str, ...] = (
-    "What is to be read from it, and what not: two or three clients say no more than that an attack works or does not,",
-    "and settings of the script that are not in the tables were not run. That the table of token embeddings tells all",
-    "words of a batch, and none where it is frozen, as with LoRA, is seen on small models in the tests",
-    "(`tests/audit/test_reconstruction.py`). Images are searched for in few iterations; more may find more. Inverting",
-    "Gradients needs the label, so it is refused where the last layer does not travel.",
+    "What is to be read from it, and what not:",
+    "",
+    "- Three clients say no more than that an attack works or does not. –: not measured; the script goes on with it.",
+    "- A server that changes what it hands out reads eight headlines at once, nearly all of them word for word, also",
+    "  of the sum of several clients. Several local steps, AdamW and the rounding of bfloat16 cost it tokens. Noise of",
+    "  the clients costs it all of them, also a little of it, as a change of bounded length is small in each weight.",
+    "- The words of a batch of any size are known from the table of token embeddings to a server that changes nothing,",
+    "  unless clients add noise or the table is frozen. Where it is the output layer, too, they did not stand out.",
+    "- With all weights tuned `dp-sgd` takes no batch of several rows of this model, as their gradients in the table of",
+    "  places cannot be told apart: clients send nothing, so there is nothing to attack.",
+    "- LoRA leaves Decepticons nothing to change and FILM no table to look at.",
+    "- Rows that are looked for by their gradient are hardly found in a model of this size in so few iterations; more",
+    "  may find more. What they find in a small one is in the tests (`tests/audit/test_reconstruction.py`).",
 )
 
 
 def main() -> None:
     """Measure, or with ``--page`` only write the section again."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("kinds", nargs="*", default=("texts", "searches", "images"))
+    parser.add_argument("kinds", nargs="*", default=tuple(ATTACKS))
     parser.add_argument("--only", action="append", default=[])
     parser.add_argument("--page", action="store_true")
     given = parser.parse_args()
@@ -366,8 +462,9 @@ def main() -> None:
         torch.set_num_threads(1)
         measure(given.kinds, given.only)
     found = json.loads(RESULTS.read_text())
-    images = found.get("images", {}).items()
-    picture({name: cells["images"] for name, cells in images if "images" in cells}).save(PICTURE, optimize=True)
+    drawn = {name: cell["images"] for name, cell in found.get("images", {}).items() if "images" in cell}
+    if drawn:
+        picture(drawn).save(PICTURE, optimize=True)
     page = PAGE.read_text() if PAGE.exists() else "# Audits, measured\n"
     before, _, after = page.partition(TITLE)
     _, mark, rest = after.partition("\n## ")
