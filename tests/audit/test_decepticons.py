@@ -15,7 +15,7 @@ from transformers import BertConfig, BertForSequenceClassification, LlamaConfig,
 from fedfm.audit import Case
 from fedfm.audit.reconstruction.decepticons import Decepticons, alike, between
 from fedfm.audit.reconstruction.grouping import Item, by_code, by_prefix, single
-from fedfm.audit.reconstruction.planted import CONSTANT, Measure
+from fedfm.audit.reconstruction.planted import CONSTANT, Measure, signs
 from fedfm.core.plan import Training
 from fedfm.errors import RecipeError
 from fedfm.evaluate import Evaluation
@@ -197,9 +197,9 @@ def test_units_add_little_whatever_is_measured(made: Make) -> None:
     found = attack.measured(case, family, case.initial)
     assert len(found.thresholds) == 64
     assert (found.thresholds.diff() >= 0).all()
-    assert found.signs[:6].tolist() == [1, -1, -1, 1, 1, -1]
+    assert signs(6).tolist() == [1, -1, -1, 1, 1, -1]
     seen = torch.linspace(float(found.thresholds[1]), float(found.thresholds[-1]), 200)
-    added = found.gain * (found.steep * (seen[:, None] - found.thresholds)).relu() @ found.signs
+    added = found.gain * (found.steep * (seen[:, None] - found.thresholds)).relu() @ signs(64)
     assert float(added.abs().max()) < 0.6
     same = Measure(found.direction, found.out, found.thresholds.sort(descending=True).values, 1.0)
     assert family.units_of(same)[:, 0].diff().gt(0).any()

@@ -32,7 +32,7 @@ from fedfm.audit.finding import Finding
 from fedfm.audit.inference import Sees
 from fedfm.audit.reconstruction.grouping import Item, by_code, by_prefix
 from fedfm.audit.reconstruction.leak import Leak, leaks
-from fedfm.audit.reconstruction.planted import SHARE, Measure, Planted, planted
+from fedfm.audit.reconstruction.planted import SHARE, Measure, Planted, planted, signs
 from fedfm.audit.reconstruction.reconstruction import Reconstruction, shared
 from fedfm.audit.watch import Alter
 from fedfm.core import seeds
@@ -129,7 +129,7 @@ class Decepticons(Reconstruction):
         thresholds[0] -= seen[-1] - seen[0]  # Everything lies above the first.
         found = Measure(direction, out, thresholds, 1.0)
         some = seen[:: SAMPLE[1]]
-        added = (found.steep * (some[:, None] - thresholds)).relu() @ found.signs
+        added = (found.steep * (some[:, None] - thresholds)).relu() @ signs(count)
         return Measure(direction, out, thresholds, SHARE / float(added.abs().max()))
 
     def look(self, case: Case) -> tuple[Finding, ...]:
@@ -171,9 +171,9 @@ class Decepticons(Reconstruction):
         # What weight decay alone does in as many steps.
         left = (1 - leak.rate * case.reader.training.weight_decay) ** leak.steps - 1
         gradient = left * weight - leak.exposed.change[family.measured].double()
-        signs = self.measured(case, family, case.watched.before).signs.double()
+        count = min(self.bins, family.units)
         most = SPREAD * len(leak.rows) * max(map(len, leak.rows))
-        return between(gradient[: len(signs)] * signs[:, None], most)
+        return between(gradient[:count] * signs(count).double()[:, None], most)
 
     def items(self, case: Case, leak: Leak) -> list[Item]:
         """The tokens that are found in a change, each with its place where places have embeddings."""

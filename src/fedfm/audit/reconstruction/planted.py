@@ -35,6 +35,11 @@ AVERAGED = 3.0
 """Weight of the mean over positions in the last block."""
 
 
+def signs(units: int) -> torch.Tensor:
+    """Of the units in the sum, so that it stays small whatever is measured, ``[units]``."""
+    return torch.tensor([1.0, -1.0, -1.0, 1.0]).repeat(units // 4 + 1)[:units]
+
+
 @dataclass(frozen=True)
 class Measure:
     """What is measured.
@@ -50,11 +55,6 @@ class Measure:
     out: torch.Tensor
     thresholds: torch.Tensor
     gain: float
-
-    @property
-    def signs(self) -> torch.Tensor:
-        """Of the units in the sum, so that it stays small whatever is measured."""
-        return torch.tensor([1.0, -1.0, -1.0, 1.0]).repeat(len(self.thresholds) // 4 + 1)[: len(self.thresholds)]
 
     @property
     def steep(self) -> float:
@@ -174,7 +174,7 @@ class Planted(ABC):
 
     def adding(self, found: Measure) -> torch.Tensor:
         """Weights of the layer after it, ``[D, units]``."""
-        return found.gain * found.out[:, None] * found.signs
+        return found.gain * found.out[:, None] * signs(len(found.thresholds))
 
 
 class PlantedBert(Planted):
