@@ -283,7 +283,7 @@ def measure(kinds: Sequence[str], only: Sequence[str]) -> None:
                         findings = attack.look(attacked)
                         cell["attacks"][id] = [finding.to_json() for finding in findings]
                     except RecipeError as error:  # Clients sent nothing that could be attacked.
-                        cell["refused"][id] = str(error)
+                        cell["refused"][id] = str(error).removeprefix(f"{id}: ").rstrip(".")
                 if isinstance(attack, Kept) and attack.found:
                     cell["images"] = shown(attacked, attack)
                 cell["processor_seconds"] = round(cell["processor_seconds"] + time.process_time() - began, 1)
@@ -441,6 +441,8 @@ READING: tuple[str, ...] = (
     "- A server that changes what it hands out reads eight headlines at once, nearly all of them word for word, also",
     "  of the sum of several clients. Several local steps, AdamW and the rounding of bfloat16 cost it tokens. Noise of",
     "  the clients costs it all of them, also a little of it, as a change of bounded length is small in each weight.",
+    "- Of a model that sees only what stands before a token it reads nearly as much, without any embedding of places;",
+    "  but next to nothing of the sum of three clients, likely as a secure sum rounds what is small beside its bound.",
     "- The words of a batch of any size are known from the table of token embeddings to a server that changes nothing,",
     "  unless clients add noise or the table is frozen. Where it is the output layer, too, they did not stand out.",
     "- With all weights tuned `dp-sgd` takes no batch of several rows of this model, as their gradients in the table",
