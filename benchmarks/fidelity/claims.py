@@ -688,6 +688,15 @@ CLAIMS: dict[str, Claim] = {
     ),
     "outlier-update-detector": _bears("The mean without unusual lengths", screens=["outlier-update-detector"]),
     "fltrust": _bears("Trust by a server's own update, with half of the clients hostile,", 0.5, screens=["fltrust"]),
+    "securefl": Claim(
+        "As accurate as FLTrust in the open, with half of the clients hostile, though nobody sees an upload.",
+        "attacked",
+        both={"threat": {**TURNED, "clients": 0.5}},
+        run={"method": "fedavg", "secure": "securefl"},
+        against={"screens": ["fltrust"]},
+        expect="near",
+        within=0.02,
+    ),
     "zeno": _bears(
         "The best on public rows, with more than half of the clients hostile,",
         0.58,

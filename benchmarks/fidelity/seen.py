@@ -64,6 +64,7 @@ CONFIGURATIONS: dict[str, dict[str, Any]] = {
         "stages": [CLIP, {"kind": "distributed-gaussian", "noise_multiplier": 1.0, "delta": 1e-2}],
     },
     "smpc-additive": {"secure": {"kind": "smpc-additive", "max_value": 0.1}},
+    "securefl": {"secure": "securefl"},
     "ckks": {"secure": {"kind": "ckks", "max_value": 0.1}},
     "fedml-he": {"secure": {"kind": "fedml-he", "max_value": 0.1}},
     "method nbafl": {"method": {"kind": "nbafl", "max_norm": 2.0}},

@@ -16,6 +16,7 @@ from fedfm.schedule.synchronous import Synchronous
 
 if TYPE_CHECKING:
     from fedfm.federation import Federation
+    from fedfm.secure.secure import Secure
 
 
 def check(one: Federation) -> list[traits.Link]:
@@ -40,7 +41,7 @@ def check(one: Federation) -> list[traits.Link]:
             f"{type(one.method).__name__} looks at rows that all have, and there are no public rows. Give the run "
             "some: data.public: 0.05, for one row in twenty; sites of a deployed federation have none in common."
         )
-    looking: tuple[Screen | Schedule, ...] = (*one.screens, one.schedule)
+    looking: list[Screen | Schedule | Secure] = [*one.screens, one.schedule, *([one.secure] if one.secure else [])]
     for part in looking:
         if part.public and not len(one.public):
             raise RecipeError(

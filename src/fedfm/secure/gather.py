@@ -114,12 +114,16 @@ class Gathering(ABC):
         self.note.update(summed=count)
         if not server.private:  # Where noise hides the mean, no count without noise may stand in the record.
             self.note.update(clamped=clamped / max(1, count * trees.count(like)))
+        self.settle(survivors)
+        return mean
+
+    def settle(self, survivors: Sequence[int]) -> None:
+        """Let clients keep their new private state, as their uploads are in the mean."""
         for client in survivors:
             self._accepts[client]()
-        if server.link.simulated:
+        if self.server.link.simulated:
             # Here clients learn what was admitted before the round is in a checkpoint, not with their next task.
-            server.link.close()
-        return mean
+            self.server.link.close()
 
     def in_turn(self, clients: Sequence[int]) -> list[int]:
         """The clients, from another one on in each round, so that none always has more to do."""

@@ -44,6 +44,21 @@ of the method       its message          ``share``: what is left of the vector, 
                     ``length``
 ==================  ===================  ==========================================================================
 
+and where these are judged before they are summed, with the first, third and fourth of that and:
+
+==================  ===================  ==========================================================================
+``secure/square``   ``keys`` of the      ``seeds``, ``parts``: the server's part of random vectors and their squares;
+                    holder, ``square``   ``sealed``: the holder's (one client is asked)
+``secure/check``    ``survivors``,       ``apart``: the same of the holder's share; ``squares``, ``scores``, ``sums``:
+                    ``apart``: shares    its parts of what the server finds out (the holder is asked)
+                    less random ones,
+                    ``direction``,
+                    ``challenge``,
+                    ``keys``, ``sealed``
+``secure/open``     ``weights``,         ``sum`` of the shares, times these
+                    ``length``
+==================  ===================  ==========================================================================
+
 Clients are numbers from 0 in the order of their ids. A client's *peers* are itself and its neighbours.
 """
 
@@ -62,6 +77,7 @@ from fedfm.errors import BadUpdate
 KEYS, SHARES, UNMASK = "secure/keys", "secure/shares", "secure/unmask"
 DEAL, HOLD, OPEN = "secure/deal", "secure/hold", "secure/open"
 MAP, CHOOSE = "secure/map", "secure/choose"
+SQUARE, CHECK = "secure/square", "secure/check"
 """The protocols' own tasks."""
 MARK = "secure:"
 """Before the names of the protocol's tensors."""

@@ -10,6 +10,11 @@ CHUNK = 1 << 20
 """Bytes of the stream in memory at a time."""
 
 
+def stream(seed: bytes, size: int) -> bytes:
+    """So many uniform bytes of a seed, which must serve nothing else."""
+    return Cipher(algorithms.AES(seed), modes.CTR(bytes(16))).encryptor().update(bytes(size))
+
+
 def add(vector: NDArray[np.unsignedinteger], seed: bytes, sign: int = 1) -> None:
     """Add the mask of a seed to a vector, in place and modulo the size of its numbers.
 
@@ -20,7 +25,7 @@ def add(vector: NDArray[np.unsignedinteger], seed: bytes, sign: int = 1) -> None
         seed: 32 bytes.
         sign: 1 adds, -1 takes away.
     """
-    stream = Cipher(algorithms.AES(seed), modes.CTR(bytes(16))).encryptor()
+    encryptor = Cipher(algorithms.AES(seed), modes.CTR(bytes(16))).encryptor()
     zeros = bytes(CHUNK)
     out = np.empty(CHUNK, np.uint8)
     mask = out.view(vector.dtype)
@@ -28,5 +33,5 @@ def add(vector: NDArray[np.unsignedinteger], seed: bytes, sign: int = 1) -> None
     for at in range(0, len(vector), len(mask)):
         part = vector[at : at + len(mask)]
         length = part.nbytes
-        stream.update_into(zeros if length == CHUNK else zeros[:length], out.data)
+        encryptor.update_into(zeros if length == CHUNK else zeros[:length], out.data)
         operation(part, mask[: len(part)], out=part)

@@ -57,6 +57,8 @@ class Secure(Part, ABC):
     kinds: ClassVar[frozenset[Kind]] = frozenset({Kind.DELTA, Kind.WEIGHTS})
     phases: ClassVar[tuple[str, ...]] = ()
     """The client tasks of the protocol, around the method's own."""
+    public: ClassVar[bool] = False
+    """Whether the server looks at rows that it has."""
     blurs: ClassVar[bool] = False
     """Whether clients can add noise to the integers, as they see to it that a sum has enough of it."""
 

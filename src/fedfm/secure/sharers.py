@@ -13,6 +13,7 @@ from fedfm.secure.parties import Parties, letter
 from fedfm.secure.sharer import Sharer
 
 if TYPE_CHECKING:
+    from fedfm.secure.securefl import SecureFL
     from fedfm.secure.smpc_additive import SMPCAdditive
     from fedfm.wire.stage import Stage
 
@@ -25,7 +26,7 @@ class Sharers(Parties[Sharer]):
         stages: what uploads went through before.
     """
 
-    def __init__(self, secure: SMPCAdditive, stages: Sequence[Stage] = ()) -> None:
+    def __init__(self, secure: SMPCAdditive | SecureFL, stages: Sequence[Stage] = ()) -> None:
         super().__init__()
         self.secure = secure
         self.code = secure.code(stages)

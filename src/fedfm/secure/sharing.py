@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
+    from fedfm.secure.securefl import SecureFL
     from fedfm.secure.smpc_additive import SMPCAdditive
     from fedfm.server import RoundServer
 
@@ -34,7 +35,12 @@ class Sharing(Gathering):
     """
 
     def __init__(
-        self, secure: SMPCAdditive, server: RoundServer, phase: str, messages: Mapping[Member, Tensors], round: int
+        self,
+        secure: SMPCAdditive | SecureFL,
+        server: RoundServer,
+        phase: str,
+        messages: Mapping[Member, Tensors],
+        round: int,
     ) -> None:
         super().__init__(secure, server, phase, messages, round)
         self.secure = secure
@@ -43,16 +49,10 @@ class Sharing(Gathering):
         self.sealed: dict[int, NDArray[np.uint8]] = {}
 
     def mean(self, like: Tensors) -> Update:
-        asked, length = len(self.members), self.code.length(like)
-        least = max(LEAST, above(self.secure.threshold, asked))
-        self.ask(KEYS, {member: {} for member in self.members}, self._introduced)
-        if len(self.keys) < max(LEAST, self.secure.holders):
-            raise TooFewUpdates(f"{len(self.keys)} of {asked} clients sent keys, too few for {self._parts}")
-        holders = self.in_turn(list(self.keys))[: self.secure.holders]
-        self.note.update(holders=[self.members[one].id for one in holders], bytes_per_value=self.ring.width)
-        keys = of_bytes("keys", table([self.keys[one] for one in holders], KEY))
-        self.ask(DEAL, self.to(dict.fromkeys(self.keys, keys | of_numbers("clients", [asked]))), self._dealt)
-        able = self._held(holders)
+        length = self.code.length(like)
+        least = max(LEAST, above(self.secure.threshold, len(self.members)))
+        holders = self.introduced()
+        able = self.shared(holders)
         self.enough(able, least)  # Before they train in vain.
         total, survivors = self.ring.zeros(length), list[int]()
 
@@ -75,6 +75,28 @@ class Sharing(Gathering):
         for share in sums.values():
             total += self.ring.unpack(share)
         return self.admitted(self.ring.signed(total), survivors, like)
+
+    def introduced(self, others: int = 0) -> list[int]:
+        """Ask for keys; the clients who hold shares, and after them so many others who help.
+
+        Raises:
+            TooFewUpdates: too few sent keys.
+        """
+        asked, helpers = len(self.members), self.secure.holders + others
+        self.ask(KEYS, {member: {} for member in self.members}, self._introduced)
+        if len(self.keys) < max(LEAST, helpers):
+            raise TooFewUpdates(f"{len(self.keys)} of {asked} clients sent keys, too few for {self._parts}")
+        found = self.in_turn(list(self.keys))[:helpers]
+        names = [self.members[one].id for one in found[: self.secure.holders]]
+        self.note.update(holders=names, bytes_per_value=self.ring.width)
+        return found
+
+    def shared(self, holders: list[int]) -> list[int]:
+        """Have all seal shares for the holders, and hand them over; the clients of whom all holders have theirs."""
+        keys = of_bytes("keys", table([self.keys[one] for one in holders], KEY))
+        message = keys | of_numbers("clients", [len(self.members)])
+        self.ask(DEAL, self.to(dict.fromkeys(self.keys, message)), self._dealt)
+        return self._held(holders)
 
     @property
     def _parts(self) -> str:
