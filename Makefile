@@ -15,7 +15,8 @@ test: $(STAMP)-test
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
-	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(VENV)/bin/pytest -n logical --maxprocesses 4 --dist loadgroup
+	# One more than there are cores: some tests wait for other processes most of the time.
+	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(VENV)/bin/pytest -n $$(( $$(getconf _NPROCESSORS_ONLN) + 1 )) --maxprocesses 5 --dist loadgroup
 
 # Federations of real processes: kills, broken wires, hung sites, full disks, strangers. More than half an hour.
 test-federation: $(STAMP)-test

@@ -142,7 +142,7 @@ def protecting(method: Method, parts: Mapping[str, Any]) -> dict[str, list[str]]
     """
 
     def names(some: Iterable[Any]) -> list[str]:
-        return [getattr(part, "id", method.id) for part in some]
+        return [part.id if hasattr(part, "id") else method.id for part in some]
 
     stages = parts["stages"]
     bounds = (stage for stage in stages if Trait.BOUNDED in stage.gives)

@@ -22,7 +22,6 @@ def test_who_never_took_part_changes_no_bit(make: Make, tmp_path: Path) -> None:
     before = digest(run)
     found = leave(begin(run, never), Retrain(), tmp_path / "new")
     assert found["found"] == {"from_round": 4}
-    assert found["seconds"] < found["seconds_of_the_run"]
     assert same(adapter(run), adapter(tmp_path / "new"))
     assert digest(run) == before
 

@@ -210,6 +210,6 @@ class Crafted(Trainer):
 
         return super().answer(replace(job, criterion=criterion), client)
 
-    def _logits(self, examples: list[Example], batch: Batch, draws: Any = None) -> torch.Tensor:
+    def logits(self, examples: list[Example], batch: Batch, draws: Any = None) -> torch.Tensor:
         """The trained weights, in the order in which canaries have them."""
         return torch.cat([self.space.parameters[name].flatten() for name in self.nest.names])
