@@ -137,8 +137,9 @@ def protecting(method: Method, parts: Mapping[str, Any]) -> dict[str, list[str]]
         parts: as of :func:`check`.
 
     Returns:
-        ``sums``: single uploads are hidden; ``noise``: clients add noise to each upload, or to their ``summed`` ones
-        alone; ``resists``: what one client can do is bounded, by stages, screens and the mean.
+        ``sums``: single uploads are hidden, of which something may be told all the same (``tells``); ``noise``: clients
+        add noise to each upload, or to their ``summed`` ones alone; ``resists``: what one client can do is bounded, by
+        stages, screens and the mean.
     """
 
     def names(some: Iterable[Any]) -> list[str]:
@@ -150,6 +151,7 @@ def protecting(method: Method, parts: Mapping[str, Any]) -> dict[str, list[str]]
     robust = () if mean is None or type(mean) is WeightedMean else (mean,)
     return {
         "sums": names([parts["secure"]] if parts["secure"] else ()),
+        "tells": [parts["secure"].tells] if parts["secure"] and parts["secure"].tells else [],
         "noise": names(stage for stage in stages if stage.secret and not stage.summed),
         "summed": names(stage for stage in stages if stage.summed),
         "resists": names((*parts["screens"], *robust, *bounds)),

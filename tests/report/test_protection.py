@@ -19,8 +19,10 @@ from fedfm.sample import Poisson
 from fedfm.secure.ckks import CKKS
 from fedfm.secure.fedml_he import FedMLHE
 from fedfm.secure.secagg import SecAgg
+from fedfm.secure.securefl import SecureFL
 from fedfm.secure.smpc_additive import SMPCAdditive
 from fedfm.wire import Clip, DistributedGaussian, Gaussian, LocalGaussian
+from tests.conftest import dialogue
 
 Make = Callable[..., Federation]
 
@@ -74,6 +76,13 @@ def test_of_shares_it_is_said_who_has_the_others(federation: Make) -> None:
     assert sees == "the sum of 3 uploads or more; of each of them one share"
     assert by == "smpc-additive: no upload is readable by itself"
     assert left == "the sum; and all, if the server works with all who hold the other shares"
+
+
+def test_of_judged_uploads_it_is_said_what_is_told_of_each(federation: Make) -> None:
+    public = [dialogue(f"{word}?", word) for word in ("ha", "no", "mm")]
+    run = federation(FedAvg(), secure=SecureFL(), evaluation=Evaluation(every=0), public=public)
+    left = box(run)["server"][2]
+    assert "of each upload its trust, and 64 sums of its numbers; all, too, if it works with the dealer" in left
 
 
 def test_noise_on_the_mean_protects_from_those_who_get_the_mean_and_not_from_the_server(federation: Make) -> None:

@@ -85,6 +85,7 @@ def _server(run: Run) -> tuple[str, str, str, str]:
                 left.append(COALITIONS[way])
             else:
                 left.append(f"the sum; and {COALITIONS[way]}")
+            left += _parts(run, "tells")
         else:
             what = f"each client's upload: {amount(most['values'])} values, {KINDS[most['kind']]}{_beside(most)}"
             if "cipher" in most["sealed"]:

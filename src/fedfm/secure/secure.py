@@ -59,6 +59,8 @@ class Secure(Part, ABC):
     """The client tasks of the protocol, around the method's own."""
     public: ClassVar[bool] = False
     """Whether the server looks at rows that it has."""
+    tells: ClassVar[str] = ""
+    """What the server learns of a single upload all the same; nothing where it is empty."""
     blurs: ClassVar[bool] = False
     """Whether clients can add noise to the integers, as they see to it that a sum has enough of it."""
 

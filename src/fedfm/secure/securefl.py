@@ -12,7 +12,7 @@ Differences from the paper, of which abstract and reports were at hand and not t
 - Products of shares are made by squares that a third client deals (Beaver 1991), where the paper's servers make theirs
   by homomorphic encryption, packed.
 - Before, sums over random subsets of coordinates bound each vector, as in a ring a long one can have the square of a
-  short one.
+  short one. The server sees these sums, 64 of each vector in a round.
 - Who is how much trusted is known to the server and to the holder, and no comparison is done on shares; the paper hides
   it. No sum of fewer than three clients who are trusted is opened.
 - The server's rows are the run's public rows, so its own update is no secret from the holder.
@@ -64,6 +64,7 @@ class SecureFL(Secure):
     needs: ClassVar[Traits] = Secure.needs | {Trait.FORGETFUL, Trait.ONE_FIT, Trait.GLOBAL}
     breaks: ClassVar[Traits] = Secure.breaks | {Trait.UNIFORM, Trait.BOUNDED}
     public: ClassVar[bool] = True
+    tells: ClassVar[str] = "of each upload its trust, and 64 sums of its numbers; all, too, if it works with the dealer"
     holders: ClassVar[int] = 1
 
     bits: int = 21
