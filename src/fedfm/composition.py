@@ -138,23 +138,23 @@ def protecting(method: Method, parts: Mapping[str, Any]) -> dict[str, list[str]]
 
     Returns:
         ``sums``: single uploads are hidden, of which something may be told all the same (``tells``); ``noise``: clients
-        add noise to each upload, or to their ``summed`` ones alone; ``resists``: what one client can do is bounded, by
-        stages, screens and the mean.
+        add noise to each upload, or to their ``summed`` ones alone; ``resists``: what one client can do is bounded,
+        by stages, screens, the mean and sums.
     """
 
     def names(some: Iterable[Any]) -> list[str]:
         return [part.id if hasattr(part, "id") else method.id for part in some]
 
-    stages = parts["stages"]
+    stages, secure = parts["stages"], [parts["secure"]] if parts["secure"] else []
     bounds = (stage for stage in stages if Trait.BOUNDED in stage.gives)
     mean = parts["mean"]
     robust = () if mean is None or type(mean) is WeightedMean else (mean,)
     return {
-        "sums": names([parts["secure"]] if parts["secure"] else ()),
-        "tells": [parts["secure"].tells] if parts["secure"] and parts["secure"].tells else [],
+        "sums": names(secure),
+        "tells": [one.tells for one in secure if one.tells],
         "noise": names(stage for stage in stages if stage.secret and not stage.summed),
         "summed": names(stage for stage in stages if stage.summed),
-        "resists": names((*parts["screens"], *robust, *bounds)),
+        "resists": names((*(one for one in secure if one.resists), *parts["screens"], *robust, *bounds)),
     }
 
 

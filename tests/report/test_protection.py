@@ -81,7 +81,9 @@ def test_of_shares_it_is_said_who_has_the_others(federation: Make) -> None:
 def test_of_judged_uploads_it_is_said_what_is_told_of_each(federation: Make) -> None:
     public = [dialogue(f"{word}?", word) for word in ("ha", "no", "mm")]
     run = federation(FedAvg(), secure=SecureFL(), evaluation=Evaluation(every=0), public=public)
-    left = box(run)["server"][2]
+    found = box(run)
+    left = found["server"][2]
+    assert found["hostile clients"][1] == "securefl"
     assert "of each upload its trust, and 64 sums of its numbers; all, too, if it works with the dealer" in left
 
 

@@ -78,7 +78,7 @@ def _server(run: Run) -> tuple[str, str, str, str]:
         most = max(found, key=lambda seen: seen["values"])
         if ways := {hidden(seen) for seen in found} - {""} if all(map(hidden, found)) else set():
             [way] = ways
-            what = f"the sum of {plural(min(s['clients'] for s in found), 'upload')} or more; {HIDDEN[way]}"
+            what = f"the sum of {plural(_fewest(run, found), 'upload')} or more; {HIDDEN[way]}"
             by.append(f"{_sums(run)}: no upload is readable by itself")
             if _parts(run, "summed") and "clients" in spent:
                 by.append(f"noise that clients add, in the sum: {_epsilon(spent['clients'])} for each client")
@@ -107,6 +107,12 @@ def _server(run: Run) -> tuple[str, str, str, str]:
     if not sees:
         return "server", "nothing", NO_TRAVEL, "–"
     return "server", _join(sees), _join(by) or NOTHING, _join(left) or "–"
+
+
+def _fewest(run: Run, found: Sequence[Mapping[str, Any]]) -> int:
+    """The uploads in the smallest sum."""
+    summed = [count for record in run.rounds if (count := record.get("secure", {}).get("summed"))]
+    return min(summed or [seen["clients"] for seen in found])
 
 
 def _receivers(run: Run) -> tuple[str, str, str, str]:

@@ -61,6 +61,8 @@ class Secure(Part, ABC):
     """Whether the server looks at rows that it has."""
     tells: ClassVar[str] = ""
     """What the server learns of a single upload all the same; nothing where it is empty."""
+    resists: ClassVar[bool] = False
+    """Whether it bounds what one client can do."""
     blurs: ClassVar[bool] = False
     """Whether clients can add noise to the integers, as they see to it that a sum has enough of it."""
 

@@ -65,6 +65,7 @@ class SecureFL(Secure):
     breaks: ClassVar[Traits] = Secure.breaks | {Trait.UNIFORM, Trait.BOUNDED}
     public: ClassVar[bool] = True
     tells: ClassVar[str] = "of each upload its trust, and 64 sums of its numbers; all, too, if it works with the dealer"
+    resists: ClassVar[bool] = True
     holders: ClassVar[int] = 1
 
     bits: int = 21
