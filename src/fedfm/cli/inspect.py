@@ -25,7 +25,6 @@ from fedfm.errors import RecipeError, StoreError, nearest
 from fedfm.recipe import read
 from fedfm.robust.estimator import Estimator
 from fedfm.sample.poisson import Poisson
-from fedfm.secure.secagg import SecAgg
 from fedfm.wire.clip import Clip
 from fedfm.wire.gaussian import Gaussian
 
@@ -187,7 +186,11 @@ def given(folder: str, part: Any) -> dict[str, Any]:
     if folder == "wire" and part.beside:
         return {"stages": (one, Gaussian(1.0))}
     if folder == "wire" and part.needs & Clip.gives:
-        return {"stages": (Clip(1.0), one), **({"secure": SecAgg()} if part.summed else {})}
+        if part.summed:
+            from fedfm.secure.secagg import SecAgg  # needs an extra
+
+            return {"stages": (Clip(1.0), one), "secure": SecAgg()}
+        return {"stages": (Clip(1.0), one)}
     sort = SORTS[folder]
     return {sort: (one,) if isinstance(composition.NOTHING[sort], tuple) else one}
 
