@@ -6,6 +6,8 @@ import ast
 import importlib
 import inspect
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import yaml
@@ -78,3 +80,10 @@ def test_files_that_the_docs_link_to_exist() -> None:
     for page in (ROOT / "README.md", *(ROOT / "docs").glob("*.md")):
         for target in re.findall(r"\]\(([^)#]+)\)", page.read_text()):
             assert (page.parent / target).exists(), f"{page.name}: {target}"
+
+
+def test_the_command_line_starts_without_extras() -> None:
+    names = ("cryptography", "tenseal", "flwr", "ray", "opacus", "dp_accounting", "datasketch")
+    code = f"import sys; sys.modules.update(dict.fromkeys({names!r})); import fedfm.cli"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert not done.returncode, done.stderr
