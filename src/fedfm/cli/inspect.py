@@ -187,9 +187,8 @@ def given(folder: str, part: Any) -> dict[str, Any]:
         return {"stages": (one, Gaussian(1.0))}
     if folder == "wire" and part.needs & Clip.gives:
         if part.summed:
-            from fedfm.secure.secagg import SecAgg  # needs an extra
-
-            return {"stages": (Clip(1.0), one), "secure": SecAgg()}
+            # By its name, as it needs a package of an extra.
+            return {"stages": (Clip(1.0), one), "secure": parts.make("secure", "secagg", "secure")}
         return {"stages": (Clip(1.0), one)}
     sort = SORTS[folder]
     return {sort: (one,) if isinstance(composition.NOTHING[sort], tuple) else one}
